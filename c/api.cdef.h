@@ -1,0 +1,47 @@
+/* The C backend's interface: parsed by cffi, included by C. Plain declarations only. */
+
+enum pl_operation {
+  PL_SOFTMAX,
+  PL_LOG_SOFTMAX,
+  PL_LOGSUMEXP,
+  PL_SELECTIVE_LOG_SOFTMAX,
+  PL_SOFTMAX_CROSS_ENTROPY,
+  PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
+  PL_SCORE
+};
+
+enum pl_dtype { PL_FLOAT16, PL_BFLOAT16, PL_FLOAT32, PL_FLOAT64 };
+
+/* An array of shape (outer, classes, inner) by its strides in bytes; data is NULL where an option is not used. */
+struct pl_view {
+  void *data;
+  int64_t outer, classes, inner;
+};
+
+/* One call: the same operation on every row (i, j), 0 <= i < outer, 0 <= j < inner. Checked by the caller, but for labels. */
+struct pl_task {
+  int operation, dtype, out_dtype; /* dense labels have the dtype of logits, others are int64_t */
+  int64_t outer, classes, inner;
+  int64_t picks; /* labels or indices per row; for PL_SCORE the k of top-k */
+  double temperature;
+  struct pl_view logits, where, labels, out;
+  /* PL_SCORE only: contiguous over (outer, inner), top_k_* over (outer, inner, picks). loss and correct go with labels. */
+  int64_t *prediction, *top_k_indices;
+  void *confidence, *entropy, *logsumexp, *top_k_probabilities, *loss;
+  unsigned char *correct;
+};
+
+/* Runs a task. Returns -1, or the flat index over (outer, picks, inner) of the first label outside [0, classes), and then
+ * nothing was written (unless labels changed while it ran: then the rows so hit hold NaN). -2: out of memory. */
+int64_t pl_run(const struct pl_task *task, int threads);
+
+/* PL_SOFTMAX and PL_LOG_SOFTMAX of C-contiguous (rows, classes) logits. */
+void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t rows, int64_t classes, int threads);
+
+/* The instruction sets of this build that this machine and its OS support, best first, and the one in use. */
+int pl_isa_count(void);
+const char *pl_isa_name(int index);
+const char *pl_isa(void);
+int pl_use_isa(const char *name); /* 0, or -1 where it is not available */
+
+int pl_max_threads(void); /* what OpenMP would use: OMP_NUM_THREADS, the affinity mask; 1 in a forked child */

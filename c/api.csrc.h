@@ -1,0 +1,3 @@
+#include <stdint.h>
+
+#include "api.cdef.h"

@@ -1,0 +1,275 @@
+/* Entry points: which instruction set, which threads, and the check of the labels. Compiled for the baseline CPU. */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "half.h"
+#include "kernel.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
+/* ---- instruction sets: an ordered table, best first ---- */
+
+struct isa {
+  const char *name;
+  const struct pl_kernels *kernels;
+  bool (*supported)(void);
+};
+
+static bool always(void)
+{
+  return true;
+}
+
+#ifdef __x86_64__
+/* GCC's and Clang's detection reads XCR0 as well: an OS that does not save the wide registers counts as no support. */
+static bool has_avx2(void)
+{
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static bool has_avx512(void)
+{
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+static const struct isa isas[] = {
+#ifdef __x86_64__
+  {"avx512", &pl_kernels_avx512, has_avx512},
+  {"avx2", &pl_kernels_avx2, has_avx2},
+#endif
+#ifdef __aarch64__
+  {"neon", &pl_kernels_neon, always}, /* part of every 64-bit Arm */
+#endif
+  {"scalar", &pl_kernels_scalar, always},
+};
+
+static _Atomic(const struct isa *) current;
+
+static const struct isa *supported_isa(int index)
+{
+  for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+    if (isas[i].supported() && index-- == 0) return &isas[i];
+  return NULL;
+}
+
+static const struct isa *current_isa(void)
+{
+  const struct isa *isa = atomic_load_explicit(&current, memory_order_relaxed);
+  if (!isa) {
+    isa = supported_isa(0);
+    atomic_store_explicit(&current, isa, memory_order_relaxed);
+  }
+  return isa;
+}
+
+int pl_isa_count(void)
+{
+  int count = 0;
+  while (supported_isa(count)) count++;
+  return count;
+}
+
+const char *pl_isa_name(int index)
+{
+  const struct isa *isa = supported_isa(index);
+  return isa ? isa->name : NULL;
+}
+
+const char *pl_isa(void)
+{
+  return current_isa()->name;
+}
+
+int pl_use_isa(const char *name)
+{
+  const struct isa *isa;
+  for (int i = 0; (isa = supported_isa(i)); i++) {
+    if (strcmp(isa->name, name) == 0) {
+      atomic_store(&current, isa);
+      return 0;
+    }
+  }
+  return -1;
+}
+
+/* ---- the floating-point environment ---- */
+
+/* Round to nearest, subnormals kept, no traps, whatever the caller (or a library built with -ffast-math) has set. */
+#if defined(__SSE2__)
+#define FLOAT_DEFAULT 0x1f80u
+static unsigned get_float_state(void)
+{
+  return _mm_getcsr();
+}
+static void set_float_state(unsigned state)
+{
+  _mm_setcsr(state);
+}
+#elif defined(__aarch64__)
+#define FLOAT_DEFAULT 0u
+static unsigned get_float_state(void)
+{
+  uint64_t state;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(state));
+  return (unsigned)state;
+}
+static void set_float_state(unsigned state)
+{
+  __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)state));
+}
+#else
+#define FLOAT_DEFAULT 0u
+static unsigned get_float_state(void)
+{
+  return FLOAT_DEFAULT;
+}
+static void set_float_state(unsigned state)
+{
+  (void)state;
+}
+#endif
+
+static int64_t run_range(const struct pl_kernels *kernels, const struct pl_task *task, int64_t begin, int64_t end)
+{
+  const unsigned state = get_float_state();
+  set_float_state(FLOAT_DEFAULT);
+  const int64_t status = (task->dtype == PL_FLOAT64 ? kernels->run_f64 : kernels->run_f32)(task, begin, end);
+  set_float_state(state);
+  return status;
+}
+
+/* ---- threads ---- */
+
+/* OpenMP's threads do not survive a fork, and entering a team in the child hangs: a forked child computes serially. */
+static bool forked;
+
+static void in_child(void)
+{
+  forked = true;
+}
+
+__attribute__((constructor)) static void watch_forks(void)
+{
+  pthread_atfork(NULL, NULL, in_child);
+}
+
+int pl_max_threads(void)
+{
+#ifdef _OPENMP
+  if (!forked) return omp_get_max_threads();
+#endif
+  return 1;
+}
+
+/* The lower of two statuses, where -1 is none and -2 (out of memory) wins. */
+static int64_t worse(int64_t a, int64_t b)
+{
+  if (a == -2 || b == -2) return -2;
+  if (a == -1) return b;
+  return b == -1 || a < b ? a : b;
+}
+
+/* A team works on this many pieces a thread, so that one that is held up does not hold up the others. */
+#define PIECES_PER_THREAD 8
+#define PIECE_ROWS 16 /* a whole tile of floats */
+
+static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *task, int64_t rows, int threads)
+{
+  int64_t status = -1;
+  int64_t piece = (rows + threads * PIECES_PER_THREAD - 1) / (threads * PIECES_PER_THREAD);
+  piece = (piece + PIECE_ROWS - 1) / PIECE_ROWS * PIECE_ROWS;
+  const int64_t fair = (rows + threads - 1) / threads;
+  if (piece > fair) piece = fair;
+  const int64_t pieces = (rows + piece - 1) / piece;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#endif
+  for (int64_t p = 0; p < pieces; p++) {
+    const int64_t end = (p + 1) * piece < rows ? (p + 1) * piece : rows;
+    const int64_t found = run_range(kernels, task, p * piece, end);
+    if (found != -1) {
+#ifdef _OPENMP
+#pragma omp critical(pl_status)
+#endif
+      status = worse(status, found);
+    }
+  }
+  return status;
+}
+
+/* ---- entry points ---- */
+
+/* The first label outside [0, classes), before anything is written. */
+static int64_t find_bad_label(const struct pl_task *task)
+{
+  const struct pl_view *labels = &task->labels;
+  const int64_t count = task->outer * task->picks * task->inner;
+  if (labels->inner == 8 && labels->classes == 8 * task->inner && labels->outer == 8 * task->inner * task->picks) {
+    uint64_t largest = 0; /* a negative label is a large one */
+    for (int64_t n = 0; n < count; n++) {
+      uint64_t label;
+      memcpy(&label, (const char *)labels->data + 8 * n, sizeof label);
+      largest = label > largest ? label : largest;
+    }
+    if (largest < (uint64_t)task->classes) return -1;
+  }
+  for (int64_t n = 0; n < count; n++) {
+    const int64_t j = n % task->inner, k = n / task->inner % task->picks, i = n / task->inner / task->picks;
+    int64_t label;
+    memcpy(&label, (const char *)labels->data + i * labels->outer + k * labels->classes + j * labels->inner, sizeof label);
+    if (label < 0 || label >= task->classes) return n;
+  }
+  return -1;
+}
+
+int64_t pl_run(const struct pl_task *task, int threads)
+{
+  const struct pl_kernels *kernels = current_isa()->kernels;
+  const int64_t rows = task->outer * task->inner;
+  static atomic_bool busy;
+  if (rows == 0) return -1;
+  if (task->labels.data && task->operation != PL_SOFTMAX_CROSS_ENTROPY) {
+    /* scoring has one label a row; its picks are the k of top-k */
+    struct pl_task labels = *task;
+    if (task->operation == PL_SCORE) labels.picks = 1;
+    const int64_t bad = find_bad_label(&labels);
+    if (bad != -1) return bad;
+  }
+  if (threads > rows) threads = (int)rows;
+  /* A second call beside a running one stays on its caller's thread: teams of teams would only wait for cores. */
+  if (threads > 1 && !forked && !atomic_exchange(&busy, true)) {
+    const int64_t status = run_team(kernels, task, rows, threads);
+    atomic_store(&busy, false);
+    return status;
+  }
+  return run_range(kernels, task, 0, rows);
+}
+
+void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t rows, int64_t classes, int threads)
+{
+  const int64_t size = pl_itemsize(dtype);
+  const struct pl_task task = {
+    .operation = operation,
+    .dtype = dtype,
+    .out_dtype = dtype,
+    .outer = rows,
+    .classes = classes,
+    .inner = 1,
+    .picks = 1,
+    .temperature = 1,
+    .logits = {(void *)logits, classes * size, size, size},
+    .out = {out, classes * size, size, size},
+  };
+  pl_run(&task, threads);
+}

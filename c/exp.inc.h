@@ -1,0 +1,112 @@
+/* The two elementary functions, once for float and once for double.
+ *
+ * Included by kernel.c with REAL, UINT, FN and the constants below defined. Everything here is straight-line
+ * arithmetic on one element: the compiler turns the loops that call it into vector code for the instruction set at
+ * hand, and as every operation is an IEEE one (fma only where FMA is written), all instruction sets give the same bits.
+ *
+ * A "pair" is an unevaluated sum hi + lo with |lo| <= ulp(hi) / 2: twice the precision, from the same type.
+ */
+
+static inline REAL FN(bits_to_real)(UINT bits)
+{
+  REAL value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline UINT FN(real_to_bits)(REAL value)
+{
+  UINT bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+/* hi + lo = a + b exactly (Knuth's TwoSum; Moller 1965). Infinities give a NaN in lo. */
+static inline REAL FN(two_sum)(REAL a, REAL b, REAL *lo)
+{
+  const REAL hi = a + b;
+  const REAL b_seen = hi - a;
+  *lo = (a - (hi - b_seen)) + (b - b_seen);
+  return hi;
+}
+
+/* The same for |a| >= |b| or a = 0 (Dekker's Fast2Sum). */
+static inline REAL FN(fast_two_sum)(REAL a, REAL b, REAL *lo)
+{
+  const REAL hi = a + b;
+  *lo = b - (hi - a);
+  return hi;
+}
+
+/* The exponent (x - m) / temperature as a pair. inverse_hi + inverse_lo is 1 / temperature; at temperature 1 the products
+ * are exact and vanish. Scaling the compensated difference, not x, keeps rows with a large common offset exact. */
+static inline REAL FN(exponent)(REAL x, REAL m, REAL inverse_hi, REAL inverse_lo, REAL *lo)
+{
+  REAL difference_lo;
+  const REAL difference = FN(two_sum)(x, -m, &difference_lo);
+  const REAL hi = difference * inverse_hi;
+  *lo = FMA(difference, inverse_hi, -hi) + FMA(difference, inverse_lo, difference_lo * inverse_hi);
+  return hi;
+}
+
+/* r and k with hi + lo = k ln 2 + r, |r| <= ln 2 / 2, and 2^k EXP_SCALE in *scale. k is rounded by adding a number so big
+ * that the integer part ends up in the lowest bits, where a shift moves it to the exponent. */
+static inline REAL FN(reduce)(REAL hi, REAL lo, REAL *scale)
+{
+  const REAL shifted = FMA(hi, LOG2_E, ROUND_SHIFT);
+  const REAL k = shifted - ROUND_SHIFT;
+  *scale = FN(bits_to_real)(FN(real_to_bits)(shifted) << MANTISSA_BITS);
+  return FMA(k, -LN2_HI, hi) + FMA(k, -LN2_LO, lo);
+}
+
+/* exp(hi + lo) * EXP_SCALE for hi <= 0; exactly 0 below EXP_LOWEST, where the true value rounds to 0 in this type.
+ *
+ * EXP_SCALE keeps every result normal, so that sums of tiny terms stay exact and a probability is rounded once, when it
+ * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN: the comparison is false. */
+static inline REAL FN(exp_scaled)(REAL hi, REAL lo)
+{
+  REAL scale;
+  const REAL r = FN(reduce)(hi, lo, &scale);
+  const REAL value = FMA(FMA(FN(exp_tail)(r), r, 1), r, 1) * scale;
+  return hi < EXP_LOWEST ? 0 : value;
+}
+
+/* exp(hi + lo) * EXP_SCALE as a pair, for the few factors that join the blocks of a long row. */
+static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
+{
+  REAL scale, r_lo, sum_lo;
+  if (hi < EXP_LOWEST) {
+    *result_lo = 0;
+    return 0;
+  }
+  const REAL r = FN(reduce)(hi, lo, &scale);
+  const REAL square = FN(exp_tail)(r) * (r * r);
+  const REAL s = FN(two_sum)(r, square, &r_lo);
+  const REAL sum = FN(fast_two_sum)(1, s, &sum_lo);
+  *result_lo = (sum_lo + r_lo) * scale;
+  return sum * scale;
+}
+
+/* log1p(hi + lo) for a pair >= 0, as a pair with a relative error below 2^-26 (float) and 2^-55 (double).
+ *
+ * 1 + y = 2^k f with f in [sqrt(1/2), sqrt(2)); log f = 2 atanh(s), s = z / (2 + z), z = f - 1, by its Taylor series, where
+ * z and z^2 / 2 are split off exactly (the arrangement of FreeBSD's e_log.c). A tiny y has k = 0 and z = y: nothing lost.
+ * y = 0 gives exactly 0; an infinity or a NaN gives a NaN. */
+static inline REAL FN(log1p_pair)(REAL hi, REAL lo, REAL *result_lo)
+{
+  REAL one_lo, z_lo, a_lo, b_lo;
+  const REAL one = FN(two_sum)(1, hi, &one_lo);
+  const UINT bits = FN(real_to_bits)(one) - SQRT_HALF_BITS;
+  const REAL k = (REAL)(SINT)(bits >> MANTISSA_BITS);
+  const UINT shift = (bits >> MANTISSA_BITS) << MANTISSA_BITS;
+  const REAL down = FN(bits_to_real)(FN(real_to_bits)((REAL)1) - shift); /* 2^-k */
+  const REAL f = one * down;
+  const REAL z = FN(fast_two_sum)(f - 1, (one_lo + lo) * down, &z_lo);
+  const REAL s = z / (2 + z);
+  const REAL half = (REAL)0.5 * z;
+  const REAL square = half * z;
+  const REAL rest = s * (square + FN(atanh_tail)(s * s)) - FMA(half, z, -square) + z_lo / f;
+  const REAL a = FN(fast_two_sum)(z, -square, &a_lo);
+  const REAL b = FN(two_sum)(k * LN2_HI, a, &b_lo);
+  return FN(fast_two_sum)(b, FMA(k, LN2_LO, rest + (a_lo + b_lo)), result_lo);
+}

@@ -1,0 +1,137 @@
+/* All kernels, compiled once per instruction set (see meson.build): the same C for scalar, AVX2, AVX-512 and NEON.
+ *
+ * There are no intrinsics. The loops are elementwise over fixed numbers of lanes, so that GCC and Clang vectorise them
+ * without leave to reorder floating point (-ffp-contract=off, never -ffast-math), and the bits are the same everywhere. */
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "half.h"
+#include "kernel.h"
+#include "stream.h"
+
+#define PASTE2(a, b) a##b
+#define PASTE(a, b) PASTE2(a, b)
+
+/* A line is 64 bytes, one AVX-512 register; a group is 4 lines; a block is 16 KiB, so that the scratch of a thread (two
+ * blocks) stays in the first-level cache. The reduction tree in rows.inc.h is defined in these units. */
+#define LINES_PER_GROUP 4
+#define BLOCK_BYTES 16384
+#define TILE 1024 /* classes in a tile at most: its two buffers are then 64 KiB each */
+/* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
+#define STREAM_BYTES (32 << 20)
+#define GROUP (LINES_PER_GROUP * LANES)
+#define BLOCK (BLOCK_BYTES / (int64_t)sizeof(REAL))
+#define ROUND_UP(n, unit) (((n) + (unit)-1) / (unit) * (unit))
+
+/* ---- float ---- */
+
+#define REAL float
+#define UINT uint32_t
+#define SINT int32_t
+#define FN(name) PASTE(name, _f32)
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#define LANES 16
+#define NATIVE_DTYPE PL_FLOAT32
+#define MANTISSA_BITS 23
+#define EXP_LOWEST (-104.0f) /* exp(-103.98) = 2^-150 is half of the smallest subnormal */
+#define EXP_SCALE 0x1p+64f
+#define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
+#define SQRT_HALF_BITS 0x3f3504f3u
+#define LOG2_E 0x1.715476p+0f
+#define LN2_HI 0x1.62ep-1f
+#define LN2_LO 0x1.0bfbe8p-15f
+
+/* (exp(r) - 1 - r) / r^2: interpolated at Chebyshev nodes of |r| <= 0.35; exp is then within 2^-26.4 before rounding. */
+static inline float exp_tail_f32(float r)
+{
+  return FMA(FMA(FMA(FMA(0x1.6d1606p-10f, r, 0x1.12106cp-7f), r, 0x1.555516p-5f), r, 0x1.5554d8p-3f), r, 0.5f);
+}
+
+/* 2 atanh(s) / s - 2 as a series in w = s^2 <= 0.0295. */
+static inline float atanh_tail_f32(float w)
+{
+  return w * FMA(FMA(FMA(FMA(2.f / 11, w, 2.f / 9), w, 2.f / 7), w, 2.f / 5), w, 2.f / 3);
+}
+
+#include "exp.inc.h"
+#include "rows.inc.h"
+#include "tiles.inc.h"
+#include "run.inc.h"
+
+#undef REAL
+#undef UINT
+#undef SINT
+#undef FN
+#undef FMA
+#undef LANES
+#undef NATIVE_DTYPE
+#undef MANTISSA_BITS
+#undef EXP_LOWEST
+#undef EXP_SCALE
+#undef ROUND_SHIFT
+#undef SQRT_HALF_BITS
+#undef LOG2_E
+#undef LN2_HI
+#undef LN2_LO
+
+/* ---- double ---- */
+
+#define REAL double
+#define UINT uint64_t
+#define SINT int64_t
+#define FN(name) PASTE(name, _f64)
+#define FMA(a, b, c) __builtin_fma(a, b, c)
+#define LANES 8
+#define NATIVE_DTYPE PL_FLOAT64
+#define MANTISSA_BITS 52
+#define EXP_LOWEST (-746.0) /* exp(-745.14) = 2^-1075 is half of the smallest subnormal */
+#define EXP_SCALE 0x1p+512
+#define ROUND_SHIFT (0x1.8p+52 + 1023 + 512)
+#define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
+#define LOG2_E 0x1.71547652b82fep+0
+#define LN2_HI 0x1.62e42ffp-1
+#define LN2_LO (-0x1.718432a1b0e26p-35)
+
+/* As above; exp is within 2^-61 before rounding. */
+static inline double exp_tail_f64(double r)
+{
+  double q = 0x1.1f75aba0b1e2ep-29;
+  q = FMA(q, r, 0x1.af52906239de4p-26);
+  q = FMA(q, r, 0x1.27e4da1a3bf04p-22);
+  q = FMA(q, r, 0x1.71ddffef9e7b1p-19);
+  q = FMA(q, r, 0x1.a01a01a741b3cp-16);
+  q = FMA(q, r, 0x1.a01a01aca0134p-13);
+  q = FMA(q, r, 0x1.6c16c16c16212p-10);
+  q = FMA(q, r, 0x1.111111110ff87p-7);
+  q = FMA(q, r, 0x1.5555555555556p-5);
+  q = FMA(q, r, 0x1.5555555555557p-3);
+  return FMA(q, r, 0.5);
+}
+
+static inline double atanh_tail_f64(double w)
+{
+  double q = 2.0 / 23;
+  q = FMA(q, w, 2.0 / 21);
+  q = FMA(q, w, 2.0 / 19);
+  q = FMA(q, w, 2.0 / 17);
+  q = FMA(q, w, 2.0 / 15);
+  q = FMA(q, w, 2.0 / 13);
+  q = FMA(q, w, 2.0 / 11);
+  q = FMA(q, w, 2.0 / 9);
+  q = FMA(q, w, 2.0 / 7);
+  q = FMA(q, w, 2.0 / 5);
+  return w * FMA(q, w, 2.0 / 3);
+}
+
+#include "exp.inc.h"
+#include "rows.inc.h"
+#include "tiles.inc.h"
+#include "run.inc.h"
+
+const struct pl_kernels PASTE(pl_kernels_, PL_ISA) = {
+  .run_f32 = run_rows_f32,
+  .run_f64 = run_rows_f64,
+};

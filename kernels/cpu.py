@@ -1,0 +1,1307 @@
+"""The CPU backend compiled by Numba: the algorithms of the C backend, step by step, with the same bits.
+
+`c/exp.inc.h` derives the elementary functions, `c/rows.inc.h` defines the canonical reduction tree. Names are the same.
+There is no fast-math. LLVM does not vectorise floating-point reductions without it, so that the kernels are written in
+lines, vectors of LANES numbers (64 bytes, one AVX-512 register); the same mathematics serves a number and a line.
+"""
+
+import hashlib
+import operator
+import os
+import pickle
+import threading
+from collections import namedtuple
+from contextlib import suppress
+from functools import cache
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.extending import intrinsic, models, overload, register_model
+from numba.np.arrayobj import populate_array
+
+DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+
+# nogil: a serial call holds up nobody. error_model: a division by zero is an infinity, not an exception.
+OPTIONS = {"fastmath": False, "error_model": "numpy", "nogil": True}
+
+LINE_BYTES = 64
+LINES = 4  # in a group
+BLOCK_BYTES = 16384
+TILE = 1024  # classes in a tile at most
+TILE_BYTES = TILE * LINE_BYTES
+TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
+
+# ---- the constants of c/kernel.c ----
+
+Constants = namedtuple(
+    "Constants",
+    "zero one two half infinity nan lanes block "
+    "exp_lowest exp_scale round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
+)
+
+
+def _constants(real, exp_lowest, exp_scale, round_shift, ln2, exp_tail, atanh_terms):
+    def number(text):
+        return real(float.fromhex(text))
+
+    return Constants(
+        zero=real(0),
+        one=real(1),
+        two=real(2),
+        half=real(0.5),
+        infinity=real(np.inf),
+        nan=real(np.nan),
+        lanes=LINE_BYTES // np.dtype(real).itemsize,
+        block=BLOCK_BYTES // np.dtype(real).itemsize,
+        exp_lowest=real(exp_lowest),
+        exp_scale=real(exp_scale),
+        round_shift=real(round_shift),
+        log2_e=number(ln2[0]),
+        ln2_hi=number(ln2[1]),
+        ln2_lo=number(ln2[2]),
+        exp_tail=tuple(map(number, exp_tail.split())),
+        atanh_tail=tuple(real(2) / real(n) for n in range(2 * atanh_terms + 1, 1, -2)),
+    )
+
+
+_F32 = _constants(
+    np.float32,
+    exp_lowest=-104,
+    exp_scale=2.0**64,
+    round_shift=1.5 * 2**23 + 127 + 64,
+    ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
+    exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
+    atanh_terms=5,
+)
+
+_F64 = _constants(
+    np.float64,
+    exp_lowest=-746,
+    exp_scale=2.0**512,
+    round_shift=1.5 * 2**52 + 1023 + 512,
+    ln2=("0x1.71547652b82fep+0", "0x1.62e42ffp-1", "-0x1.718432a1b0e26p-35"),
+    exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 0x1.71ddffef9e7b1p-19 "
+    "0x1.a01a01a741b3cp-16 0x1.a01a01aca0134p-13 0x1.6c16c16c16212p-10 0x1.111111110ff87p-7 "
+    "0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
+    atanh_terms=11,
+)
+
+
+def constants(like):
+    """The constants of a number's or a line's type."""
+
+
+@overload(constants)
+def _overload_constants(like):
+    return (lambda like: _F32) if _real(like) == types.float32 else (lambda like: _F64)
+
+
+# ---- lines ----
+
+
+class Line(types.Type):
+    """LANES numbers in a vector register."""
+
+    def __init__(self, real):
+        self.real = real
+        self.lanes = LINE_BYTES * 8 // real.bitwidth
+        super().__init__(f"Line({real})")
+
+
+class Mask(types.Type):
+    """LANES truth values."""
+
+    def __init__(self, line):
+        self.line = line
+        super().__init__(f"Mask({line})")
+
+
+@register_model(Line)
+class _LineModel(models.PrimitiveModel):
+    def __init__(self, manager, line):
+        super().__init__(manager, line, ir.VectorType(manager.lookup(line.real).get_value_type(), line.lanes))
+
+
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, mask):
+        super().__init__(manager, mask, ir.VectorType(ir.IntType(1), mask.line.lanes))
+
+
+def _real(like):
+    return like.real if isinstance(like, Line) else like
+
+
+def _widest(*operands):
+    return next((operand for operand in operands if isinstance(operand, Line)), operands[0])
+
+
+def _spread(builder, value, to):
+    """A number in every lane, where a line is wanted."""
+    if value.type == to:
+        return value
+    single = builder.insert_element(ir.Constant(to, ir.Undefined), value, ir.IntType(32)(0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), to.count), [0] * to.count)
+    return builder.shuffle_vector(single, single, lanes)
+
+
+def _integer(like, value):
+    """An integer constant as wide as a number, in every lane of a line."""
+    integer = ir.IntType(_real(like).bitwidth)
+    if not isinstance(like, Line):
+        return integer(value)
+    return ir.Constant(ir.VectorType(integer, like.lanes), [value] * like.lanes)
+
+
+def _fma(builder, a, b, c):
+    kind = a.type
+    element, lanes = (kind.element, f"v{kind.count}") if isinstance(kind, ir.VectorType) else (kind, "")
+    name = f"llvm.fma.{lanes}{element.intrinsic_name}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), [a, b, c])
+
+
+def _overload_operator(function, emit, compares=False):
+    @intrinsic
+    def apply(typingctx, a, b):
+        line = _widest(a, b)
+
+        def codegen(context, builder, signature, args):
+            vector = context.get_value_type(line)
+            return emit(builder, *(_spread(builder, value, vector) for value in args))
+
+        return (Mask(line) if compares else line)(a, b), codegen
+
+    @overload(function)
+    def choose(a, b):
+        if isinstance(a, Line) or isinstance(b, Line):
+            return lambda a, b: apply(a, b)
+
+
+for _function, _emit in (
+    (operator.add, ir.IRBuilder.fadd),
+    (operator.sub, ir.IRBuilder.fsub),
+    (operator.mul, ir.IRBuilder.fmul),
+    (operator.truediv, ir.IRBuilder.fdiv),
+):
+    _overload_operator(_function, _emit)
+for _function, _comparison in ((operator.eq, "=="), (operator.lt, "<"), (operator.le, "<="), (operator.gt, ">")):
+    _overload_operator(
+        _function, lambda builder, a, b, comparison=_comparison: builder.fcmp_ordered(comparison, a, b), compares=True
+    )
+
+
+@overload(operator.neg)
+def _overload_neg(a):
+    if isinstance(a, Line):
+        return lambda a: negate(a)
+
+
+@intrinsic
+def negate(typingctx, line):
+    return line(line), lambda context, builder, signature, args: builder.fneg(args[0])
+
+
+@intrinsic
+def select(typingctx, condition, a, b):
+    """a where the condition holds, else b."""
+    kind = condition.line if isinstance(condition, Mask) else a
+
+    def codegen(context, builder, signature, args):
+        vector = context.get_value_type(kind)
+        return builder.select(args[0], *(_spread(builder, value, vector) for value in args[1:]))
+
+    return kind(condition, a, b), codegen
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c, rounded once."""
+    kind = _widest(a, b, c)
+
+    def codegen(context, builder, signature, args):
+        vector = context.get_value_type(kind)
+        return _fma(builder, *(_spread(builder, value, vector) for value in args))
+
+    return kind(a, b, c), codegen
+
+
+@intrinsic
+def polynomial(typingctx, x, coefficients):
+    """By Horner's rule with fma, the highest coefficient first."""
+
+    def codegen(context, builder, signature, args):
+        vector = context.get_value_type(x)
+        value, *rest = (_spread(builder, c, vector) for c in cgutils.unpack_tuple(builder, args[1]))
+        for coefficient in rest:
+            value = _fma(builder, value, args[0], coefficient)
+        return value
+
+    return x(x, coefficients), codegen
+
+
+@intrinsic
+def scale_of(typingctx, shifted):
+    """The number whose exponent field holds the lowest bits of `shifted`."""
+    mantissa = np.finfo(str(_real(shifted))).nmant
+
+    def codegen(context, builder, signature, args):
+        zero = _integer(shifted, 0)
+        scale = builder.shl(builder.bitcast(args[0], zero.type), _integer(shifted, mantissa))
+        return builder.bitcast(scale, args[0].type)
+
+    return shifted(shifted), codegen
+
+
+@intrinsic
+def power_of(typingctx, x):
+    """(k, 2^-k) with x 2^-k in [sqrt(1/2), sqrt(2)), for finite x >= 1."""
+    real = np.dtype(str(_real(x)))
+    one, sqrt_half = (int(real.type(value).view(f"u{real.itemsize}")) for value in (1, np.sqrt(real.type(0.5))))
+    mantissa = _integer(x, np.finfo(real).nmant)
+
+    def codegen(context, builder, signature, args):
+        bits = builder.sub(builder.bitcast(args[0], mantissa.type), _integer(x, sqrt_half))
+        k = builder.lshr(bits, mantissa)
+        down = builder.sub(_integer(x, one), builder.shl(k, mantissa))
+        pair = builder.sitofp(k, args[0].type), builder.bitcast(down, args[0].type)
+        return context.make_tuple(builder, signature.return_type, pair)
+
+    return types.UniTuple(x, 2)(x), codegen
+
+
+@intrinsic
+def line_at(typingctx, x, index):
+    """The line at x[index], x contiguous."""
+    line = Line(x.dtype)
+
+    def codegen(context, builder, signature, args):
+        address = builder.gep(context.make_array(x)(context, builder, args[0]).data, [args[1]])
+        vector = context.get_value_type(line)
+        return builder.load(builder.bitcast(address, vector.as_pointer()), align=x.dtype.bitwidth // 8, typ=vector)
+
+    return line(x, index), codegen
+
+
+@intrinsic
+def put_line(typingctx, x, index, line):
+    """x[index] and on = line, x contiguous; a number goes to every lane."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.gep(context.make_array(x)(context, builder, args[0]).data, [args[1]])
+        value = _spread(builder, args[2], context.get_value_type(Line(x.dtype)))
+        builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(x, index, line), codegen
+
+
+@intrinsic
+def everywhere(typingctx, mask):
+    """Whether a mask holds in every lane."""
+
+    def codegen(context, builder, signature, args):
+        bits = ir.IntType(mask.line.lanes)
+        return builder.icmp_unsigned("==", builder.bitcast(args[0], bits), bits(-1))
+
+    return types.boolean(mask), codegen
+
+
+@intrinsic(prefer_literal=True)
+def rotate(typingctx, line, part):
+    """The lanes moved down by LANES / part."""
+    by = line.lanes // part.literal_value
+
+    def codegen(context, builder, signature, args):
+        lanes = [(lane + by) % line.lanes for lane in range(line.lanes)]
+        return builder.shuffle_vector(args[0], args[0], ir.Constant(ir.VectorType(ir.IntType(32), line.lanes), lanes))
+
+    return line(line, part), codegen
+
+
+@intrinsic
+def first_lane(typingctx, line):
+    return line.real(line), lambda context, builder, signature, args: builder.extract_element(args[0], ir.IntType(32)(0))
+
+
+@intrinsic
+def every_lane(typingctx, number):
+    line = Line(number)
+    return line(number), lambda context, builder, signature, args: _spread(builder, args[0], context.get_value_type(line))
+
+
+@intrinsic(prefer_literal=True)
+def scratch(typingctx, like, size):
+    """An uninitialised array of `size` bytes on the stack, aligned to lines: a heap array costs a twentieth of the time."""
+    array = types.Array(like, 1, "C")
+    itemsize, count = like.bitwidth // 8, size.literal_value * 8 // like.bitwidth
+
+    def codegen(context, builder, signature, args):
+        storage = cgutils.alloca_once(builder, ir.ArrayType(context.get_data_type(like), count))
+        storage.align = LINE_BYTES
+        result = context.make_array(array)(context, builder)
+        populate_array(
+            result,
+            data=builder.bitcast(storage, result.data.type),
+            shape=[context.get_constant(types.intp, count)],
+            strides=[context.get_constant(types.intp, itemsize)],
+            itemsize=context.get_constant(types.intp, itemsize),
+            meminfo=None,
+        )
+        return result._getvalue()
+
+    return array(like, size), codegen
+
+
+@intrinsic
+def packed(typingctx, row):
+    """The same row, known to be contiguous."""
+    return row.copy(layout="C")(row), lambda context, builder, signature, args: args[0]
+
+
+@intrinsic
+def prefetch(typingctx, row, index):
+    """Asks for the cache line of row[index], row contiguous."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.gep(context.make_array(row)(context, builder, args[0]).data, [args[1]])
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(address, cgutils.voidptr_t), flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(row, index), codegen
+
+
+# ---- the elementary functions: c/exp.inc.h. A pair is hi + lo, unevaluated. ----
+
+
+@njit(**OPTIONS)
+def two_sum(a, b):
+    hi = a + b
+    b_seen = hi - a
+    return hi, (a - (hi - b_seen)) + (b - b_seen)
+
+
+@njit(**OPTIONS)
+def fast_two_sum(a, b):
+    hi = a + b
+    return hi, b - (hi - a)
+
+
+@njit(**OPTIONS)
+def exponent(x, maximum, inverse, inverse_lo):
+    difference, difference_lo = two_sum(x, -maximum)
+    hi = difference * inverse
+    return hi, fma(difference, inverse, -hi) + fma(difference, inverse_lo, difference_lo * inverse)
+
+
+@njit(**OPTIONS)
+def reduce(hi, lo):
+    k = constants(hi)
+    shifted = fma(hi, k.log2_e, k.round_shift)
+    n = shifted - k.round_shift
+    return fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
+
+
+@njit(**OPTIONS)
+def exp_scaled(hi, lo):
+    k = constants(hi)
+    r, scale = reduce(hi, lo)
+    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale
+    return select(hi < k.exp_lowest, k.zero, value)
+
+
+@njit(**OPTIONS)
+def exp_pair(hi, lo):
+    k = constants(hi)
+    if hi < k.exp_lowest:
+        return k.zero, k.zero
+    r, scale = reduce(hi, lo)
+    square = polynomial(r, k.exp_tail) * (r * r)
+    s, r_lo = two_sum(r, square)
+    total, total_lo = fast_two_sum(k.one, s)
+    return total * scale, (total_lo + r_lo) * scale
+
+
+@njit(**OPTIONS)
+def log1p_pair(hi, lo):
+    k = constants(hi)
+    one, one_lo = two_sum(k.one, hi)
+    n, down = power_of(one)
+    f = one * down
+    z, z_lo = fast_two_sum(f - k.one, (one_lo + lo) * down)
+    s = z / (k.two + z)
+    half = k.half * z
+    square = half * z
+    w = s * s
+    rest = s * (square + w * polynomial(w, k.atanh_tail)) - fma(half, z, -square) + z_lo / f
+    a, a_lo = fast_two_sum(z, -square)
+    b, b_lo = two_sum(n * k.ln2_hi, a)
+    return fast_two_sum(b, fma(n, k.ln2_lo, rest + (a_lo + b_lo)))
+
+
+# ---- what a row's results are made from: c/rows.inc.h ----
+
+
+@njit(**OPTIONS)
+def finite(value):
+    return value - value == constants(value).zero
+
+
+@njit(**OPTIONS)
+def add_pairs(a_hi, a_lo, b_hi, b_lo):
+    hi, lo = two_sum(a_hi, b_hi)
+    return select(finite(hi), hi + (lo + (a_lo + b_lo)), hi)
+
+
+@njit(**OPTIONS)
+def invert(temperature):
+    k = constants(temperature)
+    inverse = k.one / temperature
+    return inverse, fma(-temperature, inverse, k.one) * inverse
+
+
+@njit(**OPTIONS)
+def scaled_terms(x, maximum, t):
+    """exp((x - maximum) / temperature) * EXP_SCALE."""
+    k = constants(x)
+    inverse, inverse_lo = t
+    if inverse == k.one and inverse_lo == k.zero:
+        hi, lo = two_sum(x, -maximum)
+    else:
+        hi, lo = exponent(x, maximum, inverse, inverse_lo)
+    return exp_scaled(hi, lo)
+
+
+@njit(**OPTIONS)
+def add_ones(total, total_lo, ones):
+    k = constants(total)
+    hi, lo = two_sum(total / k.exp_scale, ones - k.one)
+    return hi, lo + total_lo / k.exp_scale
+
+
+@njit(**OPTIONS)
+def finish_row(maximum, total, total_lo):
+    """log1p of the sum as a pair, then the scaled reciprocal of the sum as a pair."""
+    k = constants(maximum)
+    poison = maximum - maximum
+    whole, whole_lo = two_sum(k.one, total)
+    whole = whole + poison
+    whole_lo = whole_lo + total_lo
+    reciprocal = k.one / whole
+    residual = fma(-whole, reciprocal, k.one) - whole_lo * reciprocal
+    log1p, log1p_lo = log1p_pair(total, total_lo)
+    return log1p + poison, log1p_lo, reciprocal / k.exp_scale, residual * reciprocal / k.exp_scale
+
+
+@njit(**OPTIONS)
+def probability(e, f):
+    return fma(e, f[2], e * f[3])
+
+
+@njit(**OPTIONS)
+def log_probability(x, maximum, f, t):
+    hi, lo = exponent(x, maximum, t[0], t[1])
+    return add_pairs(hi, lo, -f[0], -f[1])
+
+
+@njit(**OPTIONS)
+def log_sum(maximum, total, f, t):
+    scaled = maximum * t[0]
+    scaled_lo = fma(maximum, t[0], -scaled) + maximum * t[1]
+    value = add_pairs(scaled, scaled_lo, f[0], f[1])
+    return select(finite(maximum), value, select(total == total, maximum, total))
+
+
+@njit(**OPTIONS)
+def dense_loss(dot, dot_lo, labels, labels_lo, f):
+    mass = labels * f[0]
+    mass_lo = fma(labels, f[0], -mass) + (labels * f[1] + labels_lo * f[0])
+    return add_pairs(dot, dot_lo, mass, mass_lo)
+
+
+@njit(**OPTIONS)
+def weigh(x, q, maximum):
+    """q (maximum - x) as a pair; nothing where q is 0."""
+    k = constants(x)
+    hi, lo = two_sum(maximum, -x)
+    product = q * hi
+    product_lo = fma(q, hi, -product) + q * lo
+    absent = q == k.zero
+    return select(absent, k.zero, product), select(absent, k.zero, select(finite(product), product_lo, k.zero))
+
+
+# ---- one row, a block at a time: c/rows.inc.h ----
+
+
+@njit(**OPTIONS)
+def load(x, row, fill):
+    """A row, or a part of one, into scratch; filled up to whole groups."""
+    n = row.size
+    size = LINES * constants(x[0]).lanes
+    if row.strides[0] == row.itemsize:
+        source = packed(row)
+        for c in range(n):
+            x[c] = source[c]
+    else:
+        for c in range(n):
+            x[c] = row[c]
+    for c in range(n, (n + size - 1) // size * size):
+        x[c] = fill
+
+
+@njit(**OPTIONS)
+def store(row, x):
+    if row.strides[0] == row.itemsize:
+        target = packed(row)
+        for c in range(target.size):
+            target[c] = x[c]
+    else:
+        for c in range(row.size):
+            row[c] = x[c]
+
+
+@njit(**OPTIONS)
+def mask(x, where, fill):
+    for c in range(where.size):
+        x[c] = x[c] if where[c] else fill
+
+
+@njit(**OPTIONS)
+def prefetch_part(row):
+    if row.strides[0] == row.itemsize:
+        for c in range(0, row.size, LINE_BYTES // row.itemsize):
+            prefetch(row, c)
+
+
+@njit(**OPTIONS)
+def larger(a, b):
+    return select(a > b, a, b)
+
+
+@njit(**OPTIONS)
+def maximum_of(x, n):
+    k = constants(x[0])
+    a, b, c, d = line_at(x, 0), line_at(x, k.lanes), line_at(x, 2 * k.lanes), line_at(x, 3 * k.lanes)
+    for i in range(LINES * k.lanes, n, LINES * k.lanes):
+        a = larger(line_at(x, i), a)
+        b = larger(line_at(x, i + k.lanes), b)
+        c = larger(line_at(x, i + 2 * k.lanes), c)
+        d = larger(line_at(x, i + 3 * k.lanes), d)
+    best = larger(larger(d, b), larger(c, a))
+    best = larger(rotate(best, 2), best)
+    best = larger(rotate(best, 4), best)
+    best = larger(rotate(best, 8), best)
+    if k.lanes == 16:
+        best = larger(rotate(best, 16), best)
+    return first_lane(best)
+
+
+@njit(**OPTIONS)
+def take_ones(term):
+    """A term without those that are exactly 1, and their count."""
+    k = constants(term)
+    one = term == k.exp_scale
+    return select(one, k.zero, term), select(one, k.one, k.zero)
+
+
+@njit(**OPTIONS)
+def join_lanes(s, s_lo, ones, other, other_lo, other_ones):
+    s, lo = two_sum(s, other)
+    return s, (s_lo + other_lo) + lo, ones + other_ones
+
+
+@njit(**OPTIONS)
+def sum_of_lanes(s, s_lo, ones):
+    """Step 3 of the tree: a pair and the count of ones."""
+    k = constants(s)
+    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 2), rotate(s_lo, 2), rotate(ones, 2))
+    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 4), rotate(s_lo, 4), rotate(ones, 4))
+    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 8), rotate(s_lo, 8), rotate(ones, 8))
+    if k.lanes == 16:
+        s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 16), rotate(s_lo, 16), rotate(ones, 16))
+    hi, lo = fast_two_sum(first_lane(s), first_lane(s_lo))
+    if not finite(first_lane(s)):
+        hi, lo = first_lane(s), k.zero
+    return hi, lo, first_lane(ones)
+
+
+@njit(**OPTIONS)
+def sum_of(e, n):
+    """Steps 2 and 3 without a count."""
+    k = constants(e[0])
+    zero = every_lane(k.zero)
+    s, s_lo = zero, zero
+    for c in range(0, n, LINES * k.lanes):
+        first = line_at(e, c) + line_at(e, c + k.lanes)
+        s, lo = two_sum(s, first + (line_at(e, c + 2 * k.lanes) + line_at(e, c + 3 * k.lanes)))
+        s_lo = s_lo + lo
+    total, total_lo, _ = sum_of_lanes(s, s_lo, zero)
+    return total, total_lo
+
+
+@njit(**OPTIONS)
+def reduce_block(x, e, n, t):
+    """Steps 1 to 3; leaves exp(x - maximum) * EXP_SCALE in e."""
+    k = constants(x[0])
+    maximum = maximum_of(x, n)
+    if not finite(maximum):
+        total = k.zero
+        for c in range(n):
+            e[c] = k.nan
+            total = total if x[c] == x[c] else x[c]
+        return maximum, total, k.zero
+    zero = every_lane(k.zero)
+    s, s_lo, ones = zero, zero, zero
+    for i in range(0, n, LINES * k.lanes):
+        a = scaled_terms(line_at(x, i), maximum, t)
+        b = scaled_terms(line_at(x, i + k.lanes), maximum, t)
+        c = scaled_terms(line_at(x, i + 2 * k.lanes), maximum, t)
+        d = scaled_terms(line_at(x, i + 3 * k.lanes), maximum, t)
+        put_line(e, i, a)
+        put_line(e, i + k.lanes, b)
+        put_line(e, i + 2 * k.lanes, c)
+        put_line(e, i + 3 * k.lanes, d)
+        a, ones_a = take_ones(a)
+        b, ones_b = take_ones(b)
+        c, ones_c = take_ones(c)
+        d, ones_d = take_ones(d)
+        s, lo = two_sum(s, (a + b) + (c + d))
+        s_lo = s_lo + lo
+        ones = ones + ((ones_a + ones_b) + (ones_c + ones_d))
+    total, total_lo, count = sum_of_lanes(s, s_lo, ones)
+    total, total_lo = add_ones(total, total_lo, count)
+    return maximum, total, total_lo
+
+
+@njit(**OPTIONS)
+def entropy_dot(x, e, n, maximum, t):
+    """The sum of exp(x - maximum) (maximum - x) / temperature; destroys e."""
+    k = constants(x[0])
+    if not finite(maximum):
+        return k.zero
+    for c in range(0, n, k.lanes):
+        hi, _ = exponent(line_at(x, c), maximum, t[0], t[1])
+        term = line_at(e, c)
+        put_line(e, c, select(term == k.zero, k.zero, term * -hi))
+    return sum_of(e, n)[0] / k.exp_scale
+
+
+@njit(**OPTIONS)
+def join_blocks(blocks, t):
+    """Step 4 on rows of (maximum, sum, low part of the sum, dot)."""
+    k = constants(blocks[0, 0])
+    top = 0
+    for b in range(1, len(blocks)):
+        if blocks[b, 0] > blocks[top, 0] or blocks[top, 0] != blocks[top, 0]:
+            top = b
+    maximum, total, total_lo, dot = blocks[top, 0], blocks[top, 1], blocks[top, 2], blocks[top, 3]
+    for b in range(len(blocks)):
+        if b == top:
+            continue
+        if not finite(maximum):
+            total += blocks[b, 1]
+            continue
+        distance, lo = exponent(blocks[b, 0], maximum, t[0], t[1])
+        factor, factor_lo = exp_pair(distance, lo)
+        factor /= k.exp_scale
+        factor_lo /= k.exp_scale
+        others, others_lo = two_sum(blocks[b, 1], k.one)
+        others_lo += blocks[b, 2]
+        term = others * factor
+        term_lo = fma(others, factor, -term) + (others * factor_lo + others_lo * factor)
+        total, lo = two_sum(total, term)
+        total_lo += lo + term_lo
+        dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others)
+    return maximum, total, total_lo, dot
+
+
+@njit(**OPTIONS)
+def stage(x, row, where, first):
+    """A block of a row into x, what is masked as -inf; returns its size in whole groups."""
+    k = constants(x[0])
+    part = row[first : first + k.block]
+    load(x, part, -k.infinity)
+    mask(x, where[first : first + k.block], -k.infinity)
+    return (part.size + LINES * k.lanes - 1) // (LINES * k.lanes) * (LINES * k.lanes)
+
+
+@njit(**OPTIONS)
+def reduce_row(row, where, following, x, e, blocks, t):
+    """All four steps; leaves the last block in x and e. `following` is the row that comes next."""
+    k = constants(x[0])
+    for b in range(len(blocks)):
+        n = stage(x, row, where, b * k.block)
+        if b + 1 < len(blocks):
+            prefetch_part(row[(b + 1) * k.block : (b + 2) * k.block])
+        else:
+            prefetch_part(following[: k.block])
+        blocks[b, 0], blocks[b, 1], blocks[b, 2] = reduce_block(x, e, n, t)
+        blocks[b, 3] = k.zero
+    return join_blocks(blocks, t)
+
+
+@njit(**OPTIONS)
+def block_room(logits):
+    block = BLOCK_BYTES // logits.itemsize
+    return np.empty(((logits.shape[1] + block - 1) // block, 4), logits.dtype)
+
+
+# ---- LANES short rows at once, the rows in the lanes: c/tiles.inc.h ----
+
+
+@njit(**OPTIONS)
+def by_tile(logits, rows):
+    lanes = LINE_BYTES // logits.itemsize
+    if rows < lanes // 2:
+        return False
+    adjacent = logits.strides[2] == logits.itemsize and logits.shape[2] >= lanes // 2
+    return logits.shape[1] <= (TILE if adjacent else 2 * lanes)
+
+
+@njit(**OPTIONS)
+def load_tile(x, array, r, rows):
+    """x[class][row]; missing rows are zeros."""
+    k = constants(x[0])
+    classes, inner = array.shape[1], array.shape[2]
+    i, j = r // inner, r % inner
+    if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
+        for c in range(classes):
+            put_line(x, c * k.lanes, line_at(packed(array[i, c, j:]), 0))
+        return
+    if rows < k.lanes:
+        for c in range(classes):
+            put_line(x, c * k.lanes, k.zero)
+    for l in range(rows):
+        row = array[(r + l) // inner, :, (r + l) % inner]
+        for c in range(classes):
+            x[c * k.lanes + l] = row[c]
+
+
+@njit(**OPTIONS)
+def store_tile(array, x, r, rows):
+    k = constants(x[0])
+    classes, inner = array.shape[1], array.shape[2]
+    i, j = r // inner, r % inner
+    if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
+        for c in range(classes):
+            put_line(packed(array[i, c, j:]), 0, line_at(x, c * k.lanes))
+        return
+    for l in range(rows):
+        row = array[(r + l) // inner, :, (r + l) % inner]
+        for c in range(classes):
+            row[c] = x[c * k.lanes + l]
+
+
+@njit(**OPTIONS)
+def mask_tile(x, where, r, rows, fill):
+    lanes, inner = constants(x[0]).lanes, where.shape[2]
+    if where.shape[1] == 0:
+        return
+    for l in range(rows):
+        row = where[(r + l) // inner, :, (r + l) % inner]
+        for c in range(row.size):
+            if not row[c]:
+                x[c * lanes + l] = fill
+
+
+@njit(**OPTIONS)
+def line_or_zero(e, c, classes):
+    k = constants(e[0])
+    return line_at(e, c * k.lanes) if c < classes else every_lane(k.zero)
+
+
+@njit(**OPTIONS)
+def sum_tile(e, classes):
+    """Steps 2 and 3 of the tree for every row: a pair of lines."""
+    k = constants(e[0])
+    s, s_lo = scratch(e[0], TREE_BYTES), scratch(e[0], TREE_BYTES)
+    used = min(classes, k.lanes)
+    for j in range(used):
+        total, total_lo = every_lane(k.zero), every_lane(k.zero)
+        for c in range(j, classes, LINES * k.lanes):
+            first = line_or_zero(e, c, classes) + line_or_zero(e, c + k.lanes, classes)
+            second = line_or_zero(e, c + 2 * k.lanes, classes) + line_or_zero(e, c + 3 * k.lanes, classes)
+            total, lo = two_sum(total, first + second)
+            total_lo = total_lo + lo
+        put_line(s, j * k.lanes, total)
+        put_line(s_lo, j * k.lanes, total_lo)
+    half = k.lanes // 2
+    while half:
+        for j in range(min(half, used - half)):
+            total, lo = two_sum(line_at(s, j * k.lanes), line_at(s, (j + half) * k.lanes))
+            put_line(s, j * k.lanes, total)
+            low = (line_at(s_lo, j * k.lanes) + line_at(s_lo, (j + half) * k.lanes)) + lo
+            put_line(s_lo, j * k.lanes, low)
+        half //= 2
+    total, total_lo = fast_two_sum(line_at(s, 0), line_at(s_lo, 0))
+    whole = finite(line_at(s, 0))
+    return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero)
+
+
+@njit(**OPTIONS)
+def reduce_tile(logits, where, r, rows, x, e, t):
+    """The maxima and the sums of a tile's rows; leaves the logits in x, destroys e."""
+    k = constants(x[0])
+    classes = logits.shape[1]
+    load_tile(x, logits, r, rows)
+    mask_tile(x, where, r, rows, -k.infinity)
+    maximum, ones = line_at(x, 0), every_lane(k.zero)
+    for c in range(1, classes):
+        maximum = larger(line_at(x, c * k.lanes), maximum)
+    for c in range(classes):
+        term, one = take_ones(scaled_terms(line_at(x, c * k.lanes), maximum, t))
+        put_line(e, c * k.lanes, term)
+        ones = ones + one
+    total, total_lo = sum_tile(e, classes)
+    total, total_lo = add_ones(total, total_lo, ones)
+    if not everywhere(finite(maximum)):
+        found = every_lane(k.zero)
+        for c in range(classes):
+            value = line_at(x, c * k.lanes)
+            found = select(value == value, found, value)
+        total = select(finite(maximum), total, found)
+        total_lo = select(finite(maximum), total_lo, k.zero)
+    return maximum, total, total_lo
+
+
+@njit(**OPTIONS)
+def store_line(out, line, r, rows):
+    """One number per row."""
+    numbers = scratch(out[0, 0], LINE_BYTES)
+    put_line(numbers, 0, line)
+    for l in range(rows):
+        out[(r + l) // out.shape[1], (r + l) % out.shape[1]] = numbers[l]
+
+
+# ---- the operations, on rows begin to end ----
+
+
+@njit(**OPTIONS)
+def softmax_rows(logits, where, temperature, log, out, begin, end):
+    k = constants(temperature)
+    t = invert(temperature)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    classes, inner = logits.shape[1], logits.shape[2]
+    masked = -k.infinity if log else k.zero
+    if by_tile(logits, end - begin):
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            f = finish_row(maximum, total, total_lo)
+            for c in range(0, classes * k.lanes, k.lanes):
+                if log:
+                    put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
+                else:
+                    put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
+            mask_tile(x, where, r, rows, masked)
+            store_tile(out, x, r, rows)
+        return
+    blocks = block_room(logits)
+    for r in range(begin, end):
+        i, j = r // inner, r % inner
+        after = min(r + 1, end - 1)
+        row, row_where = logits[i, :, j], where[i, :, j]
+        following = logits[after // inner, :, after % inner]
+        maximum, total, total_lo, _ = reduce_row(row, row_where, following, x, e, blocks, t)
+        f = finish_row(maximum, total, total_lo)
+        row_out = out[i, :, j]
+        for first in range(0, classes, k.block):
+            n = min(k.block, classes - first)
+            if classes > k.block:
+                stage(x, row, row_where, first)
+            for c in range(0, n, k.lanes):
+                if log:
+                    put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
+                elif classes > k.block:
+                    put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
+                else:
+                    put_line(x, c, probability(line_at(e, c), f))
+            mask(x, row_where[first : first + n], masked)
+            store(row_out[first : first + n], x)
+
+
+@njit(**OPTIONS)
+def logsumexp_rows(logits, where, temperature, out, begin, end):
+    k = constants(temperature)
+    t = invert(temperature)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    inner = logits.shape[2]
+    if by_tile(logits, end - begin):
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            f = finish_row(maximum, total, total_lo)
+            store_line(out, log_sum(maximum, total, f, t), r, rows)
+        return
+    blocks = block_room(logits)
+    for r in range(begin, end):
+        i, j = r // inner, r % inner
+        after = min(r + 1, end - 1)
+        following = logits[after // inner, :, after % inner]
+        maximum, total, total_lo, _ = reduce_row(logits[i, :, j], where[i, :, j], following, x, e, blocks, t)
+        out[i, j] = log_sum(maximum, total, finish_row(maximum, total, total_lo), t)
+
+
+@njit(**OPTIONS)
+def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
+    """Log-probabilities at indices (outer, K, inner), or the losses that are their negatives."""
+    k = constants(temperature)
+    t = invert(temperature)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    classes, inner = logits.shape[1], logits.shape[2]
+    if by_tile(logits, end - begin):
+        picked = scratch(temperature, LINE_BYTES)
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            f = finish_row(maximum, total, total_lo)
+            for pick in range(indices.shape[1]):
+                put_line(picked, 0, k.nan)
+                for l in range(rows):
+                    label = indices[(r + l) // inner, pick, (r + l) % inner]
+                    if 0 <= label < classes:
+                        picked[l] = x[label * k.lanes + l]
+                result = log_probability(line_at(picked, 0), maximum, f, t)
+                store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
+        return
+    blocks = block_room(logits)
+    for r in range(begin, end):
+        i, j = r // inner, r % inner
+        after = min(r + 1, end - 1)
+        following = logits[after // inner, :, after % inner]
+        maximum, total, total_lo, _ = reduce_row(logits[i, :, j], where[i, :, j], following, x, e, blocks, t)
+        f = finish_row(maximum, total, total_lo)
+        for pick in range(indices.shape[1]):
+            label = indices[i, pick, j]
+            value = logits[i, label, j] if 0 <= label < classes else k.nan
+            result = log_probability(value, maximum, f, t)
+            out[i, pick, j] = k.zero - result if loss else result
+
+
+@njit(**OPTIONS)
+def dense_rows(logits, where, labels, out, begin, end):
+    k = constants(out[0, 0])
+    t = (k.one, k.zero)
+    x, e = scratch(out[0, 0], TILE_BYTES), scratch(out[0, 0], TILE_BYTES)
+    classes, inner = logits.shape[1], logits.shape[2]
+    if by_tile(logits, end - begin):
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            f = finish_row(maximum, total, total_lo)
+            load_tile(e, labels, r, rows)
+            mass, mass_lo = sum_tile(e, classes)
+            for c in range(0, classes * k.lanes, k.lanes):
+                product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
+                put_line(x, c, product)
+                put_line(e, c, product_lo)
+            dot, dot_lo = sum_tile(x, classes)
+            low, _ = sum_tile(e, classes)
+            store_line(out, dense_loss(dot, dot_lo + low, mass, mass_lo, f), r, rows)
+        return
+    blocks = block_room(logits)
+    for r in range(begin, end):
+        i, j = r // inner, r % inner
+        after = min(r + 1, end - 1)
+        row, row_where = logits[i, :, j], where[i, :, j]
+        following = logits[after // inner, :, after % inner]
+        maximum, total, total_lo, _ = reduce_row(row, row_where, following, x, e, blocks, t)
+        f = finish_row(maximum, total, total_lo)
+        row_labels = labels[i, :, j]
+        dot, dot_lo, mass, mass_lo = k.zero, k.zero, k.zero, k.zero
+        for first in range(0, classes, k.block):
+            n = stage(x, row, row_where, first)
+            load(e, row_labels[first : first + k.block], k.zero)
+            part, part_lo = sum_of(e, n)
+            mass, lo = two_sum(mass, part)
+            mass_lo += lo + part_lo
+            for c in range(0, n, k.lanes):
+                product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
+                put_line(x, c, product)
+                put_line(e, c, product_lo)
+            part, part_lo = sum_of(x, n)
+            part_lo += sum_of(e, n)[0]
+            dot, lo = two_sum(dot, part)
+            dot_lo += (lo if finite(dot) else k.zero) + part_lo
+        out[i, j] = dense_loss(dot, dot_lo, mass, mass_lo, f)
+
+
+@njit(**OPTIONS)
+def above(a, b):
+    """Whether a comes before b among the largest: NaN above all, as np.argmax has it."""
+    return a > b or (a != a and b == b)
+
+
+@njit(**OPTIONS)
+def keep_largest(x, n, first, top_x, top_index, kept):
+    """The k largest of a row so far, largest first, the earlier of equals first; returns how many."""
+    lanes = constants(x[0]).lanes
+    last = top_x.size - 1
+    for start in range(0, n, lanes):
+        if kept > last and everywhere(line_at(x, start) <= top_x[last]):
+            continue
+        for c in range(start, min(start + lanes, n)):
+            if kept > last and not above(x[c], top_x[last]):
+                continue
+            place = min(kept, last)
+            kept = min(kept + 1, last + 1)
+            while place > 0 and above(x[c], top_x[place - 1]):
+                top_x[place] = top_x[place - 1]
+                top_index[place] = top_index[place - 1]
+                place -= 1
+            top_x[place] = x[c]
+            top_index[place] = first + c
+    return kept
+
+
+@njit(**OPTIONS)
+def score_rows(
+    logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities, loss, correct,
+    begin, end,
+):
+    k = constants(temperature)
+    t = invert(temperature)
+    x, e = scratch(temperature, BLOCK_BYTES), scratch(temperature, BLOCK_BYTES)
+    classes, inner = logits.shape[1], logits.shape[2]
+    top_x = np.empty(top_indices.shape[2], logits.dtype)
+    top_index = np.empty(top_indices.shape[2], np.int64)
+    blocks = block_room(logits)
+    for r in range(begin, end):
+        i, j = r // inner, r % inner
+        row = logits[i, :, j]
+        kept = 0
+        for b in range(len(blocks)):
+            first = b * k.block
+            n = stage(x, row, row[:0], first)
+            prefetch_part(row[first + k.block : first + 2 * k.block])
+            maximum, total, total_lo = reduce_block(x, e, n, t)
+            blocks[b, 0], blocks[b, 1], blocks[b, 2] = maximum, total, total_lo
+            blocks[b, 3] = entropy_dot(x, e, n, maximum, t)
+            kept = keep_largest(x, min(k.block, classes - first), first, top_x, top_index, kept)
+        maximum, total, total_lo, dot = join_blocks(blocks, t)
+        f = finish_row(maximum, total, total_lo)
+        logsumexp[i, j] = log_sum(maximum, total, f, t)
+        entropy[i, j] = f[0] + dot * (f[2] * k.exp_scale)
+        for place in range(top_x.size):
+            hi, lo = exponent(top_x[place], maximum, t[0], t[1])
+            top_probabilities[i, j, place] = probability(exp_scaled(hi, lo), f)
+            top_indices[i, j, place] = top_index[place]
+        confidence[i, j] = top_probabilities[i, j, 0]
+        prediction[i, j] = top_index[0]
+        if labels.size:
+            label = labels[i, j]
+            value = logits[i, label, j] if 0 <= label < classes else k.nan
+            loss[i, j] = k.zero - log_probability(value, maximum, f, t)
+            correct[i, j] = label == prediction[i, j]
+
+
+# ---- the operations on pieces of rows, serial or parallel ----
+
+
+@njit(**OPTIONS)
+def first_outside(labels, classes):
+    """The flat index of the first label outside [0, classes), or -1."""
+    n = 0
+    for i in range(labels.shape[0]):
+        for pick in range(labels.shape[1]):
+            for j in range(labels.shape[2]):
+                if not 0 <= labels[i, pick, j] < classes:
+                    return n
+                n += 1
+    return -1
+
+
+@njit(**OPTIONS)
+def piece_end(logits, begin, piece):
+    return min(begin + piece, logits.shape[0] * logits.shape[2])
+
+
+def softmax_pieces(logits, where, temperature, log, out, pieces, piece):
+    for p in prange(pieces):
+        softmax_rows(logits, where, temperature, log, out, p * piece, piece_end(logits, p * piece, piece))
+
+
+def logsumexp_pieces(logits, where, temperature, out, pieces, piece):
+    for p in prange(pieces):
+        logsumexp_rows(logits, where, temperature, out, p * piece, piece_end(logits, p * piece, piece))
+
+
+def pick_pieces(logits, where, indices, temperature, loss, out, pieces, piece):
+    bad = first_outside(indices, logits.shape[1])
+    if bad == -1:
+        for p in prange(pieces):
+            pick_rows(logits, where, indices, temperature, loss, out, p * piece, piece_end(logits, p * piece, piece))
+    return bad
+
+
+def dense_pieces(logits, where, labels, out, pieces, piece):
+    for p in prange(pieces):
+        dense_rows(logits, where, labels, out, p * piece, piece_end(logits, p * piece, piece))
+
+
+def score_pieces(
+    logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities, loss, correct,
+    pieces, piece,
+):
+    bad = first_outside(np.expand_dims(labels, 1), logits.shape[1])
+    if bad == -1:
+        for p in prange(pieces):
+            score_rows(
+                logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities,
+                loss, correct, p * piece, piece_end(logits, p * piece, piece),
+            )
+    return bad
+
+
+# ---- compiling, with a cache that cannot hurt ----
+
+
+class _CacheFile(IndexDataCacheFile):
+    """One file for each compiled signature, named by all that it depends on, with a checksum.
+
+    Numba's own index file is read, changed and written back, so that two processes which compile different signatures
+    can end up with one's machine code under the other's name.
+    """
+
+    def _name(self, key):
+        return hashlib.sha256(repr((self._version, self._source_stamp, key)).encode()).hexdigest() + ".nbc"
+
+    def save(self, key, data):
+        payload = self._dump(data)
+        self._save_data(self._name(key), (hashlib.sha256(payload).digest(), payload))
+
+    def load(self, key):
+        digest, payload = self._load_data(self._name(key))
+        return pickle.loads(payload) if hashlib.sha256(payload).digest() == digest else None
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, but a file that cannot be read or written, for whatever reason, only means compiling again."""
+
+    def __init__(self, function, parallel):
+        super().__init__(function)
+        self._parallel = parallel  # Numba's key has no compile options: the twins would share an entry
+        self._cache_file = _CacheFile(
+            self.cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp()
+        )
+
+    def _index_key(self, signature, codegen):
+        return self._parallel, *super()._index_key(signature, codegen)
+
+    def load_overload(self, signature, target_context):
+        with suppress(Exception):
+            return super().load_overload(signature, target_context)
+
+    def save_overload(self, signature, data):
+        with suppress(Exception):
+            super().save_overload(signature, data)
+
+
+def _array(dtype, ndim):
+    # Any layout, aligned or not, so that one compiled version serves every array.
+    return types.Array(dtype, ndim, "A", aligned=False)
+
+
+def _signature(function, real):
+    full, per_row, per_top = _array(real, 3), _array(real, 2), _array(real, 3)
+    where, labels, label = _array(types.uint8, 3), _array(types.int64, 3), _array(types.int64, 2)
+    flag, count = types.boolean, types.intp
+    return {
+        softmax_pieces: (full, where, real, flag, full, count, count),
+        logsumexp_pieces: (full, where, real, per_row, count, count),
+        pick_pieces: (full, where, labels, real, flag, full, count, count),
+        dense_pieces: (full, where, full, per_row, count, count),
+        score_pieces: (full, label, real, label, per_row, per_row, per_row, labels, per_top, per_row, _array(flag, 2), count, count),
+    }[function]
+
+
+@cache
+def compiled(function, dtype, parallel):
+    """The machine code of an operation: its entry point, which takes arrays of any strides."""
+    dispatcher = njit(parallel=parallel, **OPTIONS)(function)
+    with suppress(RuntimeError, OSError):  # no directory to write to: no cache
+        dispatcher._cache = _Cache(function, parallel)
+    return dispatcher.compile(_signature(function, numba.from_dtype(dtype)))
+
+
+# ---- threads ----
+
+# Numba's workqueue layer aborts the process when a second thread enters it, and neither it nor OpenMP survives a fork:
+# a call beside a parallel one, and every call in a forked child, is serial. The bits are the same.
+_parallel = threading.Lock()
+_forked = threading.Event()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked.set)
+
+PIECES_PER_THREAD = 8  # so that a thread that is held up does not hold up the others
+PIECE_ROWS = 16  # a whole tile of floats
+
+
+def _run(function, threads, logits, *arguments):
+    rows = logits.shape[0] * logits.shape[2]
+    threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
+    if threads > 1 and not _forked.is_set() and _parallel.acquire(blocking=False):
+        try:
+            return _run_parallel(compiled(function, logits.dtype, True), threads, rows, logits, *arguments)
+        finally:
+            _parallel.release()
+    return compiled(function, logits.dtype, False)(logits, *arguments, 1, rows)
+
+
+def _run_parallel(kernel, threads, rows, *arguments):
+    fair = -(-rows // threads)
+    piece = min(fair, -(-rows // (threads * PIECES_PER_THREAD * PIECE_ROWS)) * PIECE_ROWS)
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        return kernel(*arguments, -(-rows // piece), piece)
+    finally:
+        numba.set_num_threads(before)
+
+
+# ---- the backend's functions ----
+
+
+def _where(where, logits):
+    """No classes at all stand for no mask."""
+    return np.empty((logits.shape[0], 0, logits.shape[2]), np.uint8) if where is None else where.view(np.uint8)
+
+
+def softmax(logits, where, temperature, out, threads):
+    _run(softmax_pieces, threads, logits, _where(where, logits), temperature, False, out)
+
+
+def log_softmax(logits, where, temperature, out, threads):
+    _run(softmax_pieces, threads, logits, _where(where, logits), temperature, True, out)
+
+
+def logsumexp(logits, where, temperature, out, threads):
+    _run(logsumexp_pieces, threads, logits, _where(where, logits), temperature, out)
+
+
+def selective_log_softmax(logits, indices, temperature, out, threads):
+    return _run(pick_pieces, threads, logits, _where(None, logits), indices, temperature, False, out)
+
+
+def softmax_cross_entropy_with_logits(logits, labels, out, threads):
+    _run(dense_pieces, threads, logits, _where(None, logits), labels, out)
+
+
+def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
+    return _run(pick_pieces, threads, logits, _where(None, logits), labels[:, None], 1.0, True, out[:, None])
+
+
+def score(logits, targets, temperature, scores, threads):
+    per_row = scores.prediction, scores.confidence, scores.entropy, scores.logsumexp
+    if targets is None:
+        targets, loss, correct = np.empty((0, 0), np.int64), scores.entropy, np.empty((0, 0), np.bool_)
+    else:
+        loss, correct = scores.loss, scores.correct
+    top = scores.top_k_indices, scores.top_k_probabilities
+    return _run(score_pieces, threads, logits, targets, temperature, *per_row, *top, loss, correct)

@@ -1,0 +1,31 @@
+"""Softmax and cross entropy for NumPy arrays of logits: exact, and at the speed of memory."""
+
+from pylogits._dispatch import get_num_threads, set_num_threads, show_config, use_backend
+from pylogits._reference import Scores
+from pylogits.activations import log_softmax, logsumexp, selective_log_softmax, softmax
+from pylogits.losses import (
+    one_hot,
+    softmax_cross_entropy_with_logits,
+    sparse_softmax_cross_entropy_with_logits,
+)
+from pylogits.scoring import DoubleSoftmaxWarning, check_logits, score
+
+__all__ = [
+    "DoubleSoftmaxWarning",
+    "Scores",
+    "check_logits",
+    "get_num_threads",
+    "log_softmax",
+    "logsumexp",
+    "one_hot",
+    "score",
+    "selective_log_softmax",
+    "set_num_threads",
+    "show_config",
+    "softmax",
+    "softmax_cross_entropy_with_logits",
+    "sparse_softmax_cross_entropy_with_logits",
+    "use_backend",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,226 @@
+"""Which backend and how many threads a call gets, and the switches that force them.
+
+A backend is a module with the functions of `pylogits._reference`, on the same arguments; `DTYPES` names the dtypes it
+takes as they are, and `_rows` converts the others piece by piece.
+"""
+
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Backend(NamedTuple):
+    """A row of the dispatch table."""
+
+    name: str
+    module: str
+    requires: str  # the package or extension without which it is not there
+    serial_below: int  # elements from which a second thread pays, as measured on two cores
+
+
+# In order of preference: the first that is there and is not ruled out by a forced choice runs the call.
+TABLE = (
+    Backend("c", "pylogits._simd", "pylogits._c", serial_below=1 << 16),
+    Backend("numba", "pylogits.kernels.cpu", "numba", serial_below=1 << 17),
+    Backend("reference", "pylogits._reference", "numpy", serial_below=1 << 62),
+)
+NAMES = tuple(backend.name for backend in TABLE)
+# No other backend has more than 64 bits.
+ONLY_REFERENCE = frozenset({np.dtype(np.longdouble)} - {np.dtype(np.float64)})
+
+_forced: ContextVar[str | None] = ContextVar("pylogits_backend", default=None)
+_num_threads: int | None = None
+
+
+def is_available(backend: Backend) -> bool:
+    """Whether the backend can be imported, without importing it (numba takes half a second)."""
+    return importlib.util.find_spec(backend.requires) is not None
+
+
+def select(dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
+    """The backend module and the number of threads for logits of this dtype and size."""
+    name = "reference" if dtype in ONLY_REFERENCE else _forced.get() or _default
+    backend, module = _load(name)
+    return module, 1 if elements < backend.serial_below else get_num_threads()
+
+
+_loaded: dict[str, tuple[Backend, ModuleType]] = {}
+
+
+def _load(name: str) -> tuple[Backend, ModuleType]:
+    if name not in _loaded:
+        backend = TABLE[NAMES.index(name)]
+        _loaded[name] = backend, importlib.import_module(backend.module)
+    return _loaded[name]
+
+
+def _check_name(name: object, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, not {name!r}")
+    backend = TABLE[NAMES.index(name)]
+    if not is_available(backend):
+        raise ValueError(f"{source} {name!r} is not available: {backend.requires} is missing")
+    return backend.name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for the calls inside a `with` block, in this thread or task.
+
+    Parameters
+    ----------
+    name : {"c", "numba", "reference"}
+        The backend; see `show_config` for those that are available.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or it is not available here.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> with pylogits.use_backend("reference"):
+    ...     pylogits.softmax([0.0, 0.0])
+    array([0.5, 0.5])
+    """
+    token = _forced.set(_check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use: its affinity mask and its cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2, no quota
+    return cores
+
+
+def get_num_threads() -> int:
+    """The number of threads that a large call uses.
+
+    It is what `set_num_threads` or the environment variable PYLOGITS_NUM_THREADS set; else the number of cores that the
+    process may use, lowered by OMP_NUM_THREADS or by `threadpoolctl`.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> pylogits.get_num_threads() >= 1
+    True
+    """
+    if _num_threads is not None:
+        return _num_threads
+    if is_available(TABLE[0]):
+        return min(_cores, int(_load("c")[1].max_threads()))
+    return _cores
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that a large call uses. It never changes a result.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an integer, or less than 1.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> before = pylogits.get_num_threads()
+    >>> pylogits.set_num_threads(1)
+    >>> pylogits.get_num_threads()
+    1
+    >>> pylogits.set_num_threads(before)
+    """
+    global _num_threads
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"n must be an int, not {type(n).__name__}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    _num_threads = int(n)
+
+
+def show_config() -> dict[str, Any]:
+    """Print what was found and what would be chosen, and return it.
+
+    Returns
+    -------
+    dict
+        `isa`: the instruction set of the C backend (None without it); `available_isas`: those that this machine can run,
+        best first; `backends`: the available ones, in order of preference; `backend`: the one that calls from here use;
+        `num_threads`; `serial_below`: by backend, the number of elements below which a call stays on one thread.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> config = pylogits.show_config()  # doctest: +SKIP
+    """
+    has_c = is_available(TABLE[0])
+    simd = _load("c")[1] if has_c else None
+    backends = [backend.name for backend in TABLE if is_available(backend)]
+    config: dict[str, Any] = {
+        "backend": _forced.get() or _default,
+        "backends": backends,
+        "isa": simd.isa() if simd else None,
+        "available_isas": simd.available_isas() if simd else [],
+        "num_threads": get_num_threads(),
+        "serial_below": {backend.name: backend.serial_below for backend in TABLE[:2] if backend.name in backends},
+    }
+    for key, value in config.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        if isinstance(value, dict):
+            text = ", ".join(f"{name} {number} elements" for name, number in value.items())
+        print(f"{key:15} {text}")
+    return config
+
+
+def _from_environment() -> str:
+    """Apply PYLOGITS_* once, at import: a wrong value should fail there, with its name."""
+    global _num_threads
+    threads = os.environ.get("PYLOGITS_NUM_THREADS")
+    if threads is not None:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(f"PYLOGITS_NUM_THREADS must be an integer of at least 1, not {threads!r}")
+        _num_threads = int(threads)
+    isa = os.environ.get("PYLOGITS_ISA")
+    if isa is not None:
+        if not is_available(TABLE[0]):
+            raise ValueError(f"PYLOGITS_ISA is {isa!r}, but this build has no C backend")
+        try:
+            _load("c")[1].use_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"PYLOGITS_ISA: {error}") from None
+    backend = os.environ.get("PYLOGITS_BACKEND")
+    if backend is not None:
+        return _check_name(backend, "PYLOGITS_BACKEND")
+    return next(backend.name for backend in TABLE if is_available(backend))
+
+
+_cores = _usable_cores()
+_default = _from_environment()

@@ -1,0 +1,355 @@
+"""The array boundary: what the user gave, checked and turned into rows for a backend, and the results turned back.
+
+An operand is *full* where it has the class axis (logits, where, dense labels, indices, their outputs) and *per row*
+where it has not (labels, losses; trailing dimensions may follow). A backend gets full operands as (outer, classes, inner)
+and per-row ones as (outer, inner). Where logits can't be viewed like that, or have a dtype or byte order that the backend
+doesn't take, they are copied and computed a piece at a time: never as a whole.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import is_torch_array
+from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
+
+from pylogits import _dispatch
+
+Array = npt.NDArray[Any]
+Axis = SupportsIndex | tuple[SupportsIndex, ...] | None
+Kernel = Callable[..., int | None]
+
+# A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
+PIECE_BYTES = 1 << 20
+
+_HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
+_COMMON = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_FLOATS = _HALVES | {np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)}
+
+
+# ---- into NumPy and back ----
+
+
+def to_numpy(array: Any, name: str) -> Array:
+    """`array` as a NumPy array, without a copy where it has the memory of one."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: pass where=~mask instead")
+    if is_torch_array(array):
+        if array.device.type != "cpu":
+            raise TypeError(f"{name} is on device {array.device}; only arrays in main memory are supported")
+        array = array.detach()
+        if str(array.dtype) == "torch.bfloat16":
+            import torch
+
+            return np.asarray(array.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    elif not isinstance(array, np.ndarray) and hasattr(array, "__cuda_array_interface__"):
+        raise TypeError(f"{name} is on a GPU; only arrays in main memory are supported")
+    return np.asarray(array)
+
+
+def allocate(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Array]:
+    """A new array of the library of `like`, and the same memory as a NumPy array."""
+    if is_torch_array(like):
+        import torch
+
+        name = "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.name
+        tensor = torch.empty(shape, dtype=getattr(torch, name))
+        return tensor, to_numpy(tensor, "out")
+    array = np.empty(shape, dtype)
+    return array, array
+
+
+# ---- checks; each error names the argument, the value and the place ----
+
+
+def check_floats(array: Array, name: str) -> np.dtype[Any]:
+    """The dtype that results have: the array's own; float64 for integers and booleans."""
+    native = array.dtype.newbyteorder("=")
+    if native in _FLOATS:
+        return native
+    if native.kind in "iub":
+        return np.dtype(np.float64)
+    raise TypeError(f"{name} must hold real numbers, not {array.dtype}")
+
+
+def row_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of one number per row: a loss in half precision would be good for two digits."""
+    return np.dtype(np.float32) if dtype in _HALVES else dtype
+
+
+def check_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The class axes, as NumPy's reductions understand `axis`: one, several or (None) all."""
+    if axis is None:
+        return tuple(range(ndim))
+    return normalize_axis_tuple(axis, ndim, "axis")
+
+
+def check_single_axis(axis: SupportsIndex, ndim: int) -> int:
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an int, not {axis!r}") from None
+    return normalize_axis_index(number, ndim, "axis")
+
+
+def check_temperature(temperature: Any, dtype: np.dtype[Any]) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, float | int | np.floating | np.integer):
+        raise TypeError(f"temperature must be a real number, not {temperature!r}")
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(row_dtype(dtype).type(temperature))
+    if not (rounded > 0 and math.isfinite(rounded)):
+        raise ValueError(f"temperature must be positive and finite in {row_dtype(dtype)}, not {temperature!r}")
+    return rounded
+
+
+def check_where(where: Any, shape: tuple[int, ...]) -> Array | None:
+    if where is None:
+        return None
+    mask = to_numpy(where, "where")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"where must be boolean, not {mask.dtype}")
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"where of shape {mask.shape} does not broadcast to the logits' {shape}") from None
+
+
+def check_integers(labels: Any, name: str) -> Array:
+    array = to_numpy(labels, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    return array
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if not isinstance(out, np.ndarray) and not is_torch_array(out):
+        raise TypeError(f"out must be an array, not {type(out).__name__}")
+    array = to_numpy(out, "out")
+    if array.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, not {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"out must have shape {shape}, not {array.shape}")
+    if not array.flags.writeable:
+        raise ValueError("out is read-only")
+    return array
+
+
+def raise_bad_label(labels: Array, name: str, classes: int) -> NoReturn:
+    """The ValueError for the first of `labels`, as the user gave them, that is outside [0, classes)."""
+    bad = np.argwhere((labels < 0) | (labels >= classes))
+    if not len(bad):
+        raise ValueError(f"a {name} changed while it was read")
+    index = tuple(int(i) for i in bad[0])
+    place = f" at index {index}" if index else ""
+    raise ValueError(f"{name} {labels[index]}{place} is outside [0, {classes})")
+
+
+# ---- rows ----
+
+
+def _as_full(array: Array, axes: tuple[int, ...]) -> Array | None:
+    """A view of shape (outer, classes, inner), or None where there is none."""
+    if len(axes) == 1:
+        before, after = array.shape[: axes[0]], array.shape[axes[0] + 1 :]
+        classes = array.shape[axes[0]]
+    else:
+        array = np.moveaxis(array, axes, range(-len(axes), 0))
+        before, after = array.shape[: -len(axes)], ()
+        classes = math.prod(array.shape[len(before) :])
+    try:
+        return array.reshape((math.prod(before), classes, math.prod(after)), copy=False)
+    except ValueError:
+        return None
+
+
+def _row_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int]:
+    """(outer, inner) of the rows of an array of this shape."""
+    if len(axes) == 1:
+        return math.prod(shape[: axes[0]]), math.prod(shape[axes[0] + 1 :])
+    return math.prod(size for axis, size in enumerate(shape) if axis not in axes), 1
+
+
+def _pieces(shape: Sequence[int], row_bytes: int) -> Iterator[tuple[slice | int, ...]]:
+    """Indices that cut dimensions `shape` into pieces of PIECE_BYTES, or of one row where rows are larger."""
+    if not shape:
+        yield ()
+        return
+    below = math.prod(shape[1:]) * row_bytes
+    if below <= PIECE_BYTES:
+        step = max(1, PIECE_BYTES // max(below, 1))
+        yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+        return
+    for index in range(shape[0]):
+        yield from ((index, *rest) for rest in _pieces(shape[1:], row_bytes))
+
+
+class Operands(NamedTuple):
+    """The arrays of one call. inputs[0] are the logits; others may be None where an option is not used.
+
+    `inputs` and `outputs` have the class axis, or K elements in its place; the per-row ones lack it and are C-contiguous.
+    """
+
+    inputs: Sequence[Array | None]
+    row_inputs: Sequence[Array] = ()
+    outputs: Sequence[Array] = ()
+    row_outputs: Sequence[Array] = ()
+
+    def call(self, kernel: Kernel) -> bool:
+        """Call ``kernel(*inputs, *row_inputs, *outputs, *row_outputs)``; False where it met a bad label."""
+        status = kernel(*self.inputs, *self.row_inputs, *self.outputs, *self.row_outputs)
+        return status in (None, -1)
+
+
+def run(
+    kernel: Kernel, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], operands: Operands
+) -> bool:
+    """Run a kernel that takes `dtypes` on all rows; False where it met a bad label."""
+    whole = _as_whole(operands, dtypes, axes)
+    if whole is not None:
+        return whole.call(kernel)
+    return all(
+        _run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes)
+    )
+
+
+def _as_whole(
+    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]
+) -> Operands | None:
+    """The operands as views for one call, or None where a backend can't take this memory as it is."""
+    full = [array for array in (*operands.inputs, *operands.outputs) if array is not None]
+    floats = {array.dtype for array in full if array.dtype.kind not in "bi"}
+    if len(floats) > 1 or full[0].dtype not in dtypes:
+        return None
+    if not all(array.flags.aligned and array.dtype.isnative for array in full):
+        return None
+    inputs = [None if array is None else _as_full(array, axes) for array in operands.inputs]
+    outputs = [_as_full(array, axes) for array in operands.outputs]
+    if sum(view is not None for view in (*inputs, *outputs)) < len(full):
+        return None
+    shape = _row_shape(full[0].shape, axes)
+    lead = full[0].ndim - len(axes)
+    row_inputs = [array.reshape(shape) for array in operands.row_inputs]
+    row_outputs = [array.reshape(shape + array.shape[lead:]) for array in operands.row_outputs]
+    return Operands(inputs, row_inputs, [view for view in outputs if view is not None], row_outputs)
+
+
+def _as_pieces(
+    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]
+) -> Iterator[tuple[Operands, list[Array]]]:
+    """Copies of consecutive rows as (rows, classes, 1), and where their outputs belong."""
+    logits = operands.inputs[0]
+    assert logits is not None
+    lead = logits.ndim - len(axes)
+    work = logits.dtype.newbyteorder("=")
+    if work not in dtypes:
+        work = np.dtype(np.float32) if work in _HALVES else np.dtype(np.float64)
+
+    def last(array: Array) -> Array:
+        return np.moveaxis(array, axes, range(lead, array.ndim))
+
+    def copy(array: Array, index: tuple[slice | int, ...]) -> Array:
+        dtype = array.dtype if array is not logits and array.dtype.kind in "bi" else work
+        part = last(array)[index]
+        classes = math.prod(part.shape[part.ndim - len(axes) :])
+        return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
+
+    inputs = operands.inputs
+    row_bytes = math.prod(logits.shape[axis] for axis in axes) * work.itemsize
+    start = 0
+    for index in _pieces(last(logits).shape[:lead], row_bytes):
+        first = copy(logits, index)
+        rows = slice(start, start + len(first))
+        start = rows.stop
+
+        def per_row(array: Array, rows: slice = rows) -> Array:
+            flat = array.reshape(-1, 1, *array.shape[lead:])
+            return flat[rows]
+
+        piece = Operands(
+            [first, *(None if array is None else copy(array, index) for array in inputs[1:])],
+            [per_row(array) for array in operands.row_inputs],
+            [copy(array, index) for array in operands.outputs],
+            [per_row(array) for array in operands.row_outputs],
+        )
+        yield piece, [last(array)[index] for array in operands.outputs]
+
+
+def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
+    good = piece.call(kernel)
+    for target, result in zip(targets, piece.outputs, strict=True):
+        target[...] = result.reshape(target.shape)
+    return good
+
+
+# ---- whole calls ----
+
+
+def run_contiguous(operation: str, logits: Any) -> Array | None:
+    """The common case of an output as large as the logits, straight into C; None where it isn't the common case."""
+    if type(logits) is not np.ndarray or logits.dtype not in _COMMON or logits.ndim == 0:
+        return None
+    flags = logits.flags
+    if not (flags.c_contiguous and flags.aligned and logits.size):
+        return None
+    module, threads = _dispatch.select(logits.dtype, logits.size)
+    if not hasattr(module, "run_contiguous"):
+        return None
+    out = np.empty(logits.shape, logits.dtype)
+    module.run_contiguous(operation, logits, out, threads)
+    return out
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays are the same elements at the same places."""
+    return (
+        a.__array_interface__["data"] == b.__array_interface__["data"]
+        and a.strides == b.strides
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+    )
+
+
+def run_full(
+    operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any
+) -> Any:
+    """softmax and log_softmax: an output as large as the logits."""
+    array = to_numpy(logits, "logits")
+    dtype = check_floats(array, "logits")
+    axes = check_axis(axis, array.ndim)
+    mask = check_where(where, array.shape)
+    temperature = check_temperature(temperature, dtype)
+    if out is None:
+        out, target = allocate(logits, array.shape, dtype)
+    else:
+        target = check_out(out, array.shape, dtype)
+    if not array.size:
+        return out
+    result = target
+    overlaps = np.may_share_memory(target, array) and not same_memory(target, array)
+    if overlaps or (mask is not None and np.may_share_memory(target, mask)):
+        result = np.empty_like(target)
+    module, threads = _dispatch.select(dtype, array.size)
+    kernel = getattr(module, operation)
+    run(
+        lambda logits, where, out: kernel(logits, where, temperature, out, threads),
+        module.DTYPES,
+        axes,
+        Operands([array, mask], outputs=[result]),
+    )
+    if result is not target:
+        target[...] = result
+    return out if out.ndim else out[()]
+
+
+def deliver(like: Any, result: Array, out: Any) -> Any:
+    """A computed array as the user wants it: in `out`, or in an array of the library of `like`; a scalar if it is 0-d."""
+    if out is None:
+        out, target = allocate(like, result.shape, result.dtype)
+    else:
+        target = check_out(out, result.shape, result.dtype)
+    target[...] = result
+    return out if out.ndim else out[()]

@@ -1,0 +1,110 @@
+"""Every backend and instruction set against the oracle, over dtypes, shapes, layouts and options."""
+
+import functools
+
+import numpy as np
+import pytest
+from cases import LOSSES, OPS, ULP, Case, cases, dtype_of, lay_out, oracle, ulp_error
+
+import pylogits
+
+LENGTHS = (*range(1, 68), 96, 127, 128, 129, 255, 257, 1000, 4095, 4096, 4097, 8193, 10007)
+
+
+def run(op, **arguments):
+    return getattr(pylogits, op)(**arguments)
+
+
+def widened(arguments):
+    """Return the arguments with half-precision arrays in float32."""
+    return {
+        name: value.astype(np.float32) if getattr(value, "itemsize", 0) == 2 else value
+        for name, value in arguments.items()
+    }
+
+
+@functools.lru_cache(maxsize=1)  # a case runs on one backend after another
+def judged(case):
+    return oracle(case.op, **widened(case.arguments()))
+
+
+def check(case):
+    """Run a case in float32 or float64 against the oracle; half precision is that, rounded once."""
+    arguments = case.arguments()
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    before = {name: value.copy() for name, value in arrays.items()}
+
+    expected, scale = judged(case)
+    exact = run(case.op, **widened(arguments))
+    assert exact.dtype == ("float64" if case.dtype == "float64" else "float32")
+    assert ulp_error(exact, expected, scale) <= ULP[exact.dtype.name]
+    if case.op != "logsumexp" and case.op not in LOSSES:
+        exact = exact.astype(dtype_of(case.dtype))
+
+    out = None
+    if case.out == "in place":
+        out = arrays.pop("logits")
+    elif case.out:
+        out = lay_out(np.zeros(expected.shape, exact.dtype), case.out)
+    result = run(case.op, **arguments, out=out)
+    assert result.dtype == exact.dtype
+    np.testing.assert_array_equal(result, exact)
+    assert out is None or result is out
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(value, before[name], err_msg=f"{name} was overwritten")
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_case(case, backend):
+    check(case)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_tail(op, backend, dtype):
+    """Rows of every length around a vector, a block and a tile of columns."""
+    for classes in LENGTHS:
+        check(Case(op, dtype.name, (3, classes)))
+        check(Case(op, dtype.name, (classes, 3), axis=0))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_number_of_rows(op, backend, dtype):
+    for rows in range(1, 36):
+        check(Case(op, dtype.name, (rows, 10)))
+        check(Case(op, dtype.name, (10, rows), axis=0))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_large(op, backend):
+    """Above the size from which a call runs on several threads; one row, a few, many."""
+    for shape in ((1, 300_001), (3, 100_003), (30_011, 10), (301, 1000)):
+        check(Case(op, "float32", shape))
+    check(Case(op, "float32", (1000, 301), axis=0))
+    check(Case(op, "float32", (2, 19, 90, 90), axis=1))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_written_around_out(op, backend, dtype):
+    """A guard value between and around the elements of out stays."""
+    for classes in (1, 5, 16, 17, 100):
+        case = Case(op, dtype.name, (3, classes, 5), axis=1)
+        expected = run(op, **case.arguments())
+        memory = np.full((*(2 * n + 2 for n in expected.shape),), 77, dtype)
+        for step in (1, 2):
+            memory[...] = 77
+            out = memory[tuple(slice(1, 1 + step * n, step) for n in expected.shape)]
+            run(op, **case.arguments(), out=out)
+            np.testing.assert_array_equal(out, expected)
+            out[...] = 77
+            assert (memory == 77).all()
+
+
+@pytest.mark.parametrize("op", OPS[:3])
+def test_longdouble(op, backend):
+    case = Case(op, "longdouble", (7, 100))
+    arguments = case.arguments()
+    expected, _ = oracle(op, **arguments)
+    result = run(op, **arguments)
+    assert result.dtype == np.longdouble
+    error = 16 * np.finfo(np.longdouble).eps
+    np.testing.assert_allclose(result, expected, rtol=error, atol=error)
