@@ -45,13 +45,13 @@ static bool has_avx512(void)
 
 static const struct isa isas[] = {
 #ifdef __x86_64__
-  {"avx512", &pl_kernels_avx512, has_avx512},
-  {"avx2", &pl_kernels_avx2, has_avx2},
+    {"avx512", &pl_kernels_avx512, has_avx512},
+    {"avx2", &pl_kernels_avx2, has_avx2},
 #endif
 #ifdef __aarch64__
-  {"neon", &pl_kernels_neon, always}, /* part of every 64-bit Arm */
+    {"neon", &pl_kernels_neon, always}, /* part of every 64-bit Arm */
 #endif
-  {"scalar", &pl_kernels_scalar, always},
+    {"scalar", &pl_kernels_scalar, always},
 };
 
 static _Atomic(const struct isa *) current;
@@ -260,16 +260,16 @@ void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, 
 {
   const int64_t size = pl_itemsize(dtype);
   const struct pl_task task = {
-    .operation = operation,
-    .dtype = dtype,
-    .out_dtype = dtype,
-    .outer = rows,
-    .classes = classes,
-    .inner = 1,
-    .picks = 1,
-    .temperature = 1,
-    .logits = {(void *)logits, classes * size, size, size},
-    .out = {out, classes * size, size, size},
+      .operation = operation,
+      .dtype = dtype,
+      .out_dtype = dtype,
+      .outer = rows,
+      .classes = classes,
+      .inner = 1,
+      .picks = 1,
+      .temperature = 1,
+      .logits = {(void *)logits, classes * size, size, size},
+      .out = {out, classes * size, size, size},
   };
   pl_run(&task, threads);
 }

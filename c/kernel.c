@@ -132,6 +132,6 @@ static inline double atanh_tail_f64(double w)
 #include "run.inc.h"
 
 const struct pl_kernels PASTE(pl_kernels_, PL_ISA) = {
-  .run_f32 = run_rows_f32,
-  .run_f64 = run_rows_f64,
+    .run_f32 = run_rows_f32,
+    .run_f64 = run_rows_f64,
 };

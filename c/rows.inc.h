@@ -161,7 +161,8 @@ static inline REAL FN(term)(REAL x, REAL max, struct FN(temperature) t, bool pla
 }
 
 /* e = exp((x - max) / temperature) * EXP_SCALE, n in whole lines; `next` is memory that will be read soon. */
-static void FN(exp_many)(const REAL *restrict x, REAL *restrict e, int64_t n, REAL max, struct FN(temperature) t, const REAL *next)
+static void FN(exp_many)(const REAL *restrict x, REAL *restrict e, int64_t n, REAL max, struct FN(temperature) t,
+                         const REAL *next)
 {
   if (t.inverse == 1 && t.inverse_lo == 0) { /* a third less work */
     for (int64_t c = 0; c < n; c += LANES) {
@@ -237,7 +238,8 @@ static REAL FN(nan_or_zero)(const REAL *x, int64_t n)
 }
 
 /* Step 1: a block's numbers from x; leaves exp(x - max) * EXP_SCALE in e. */
-static struct FN(row) FN(reduce_block)(const REAL *restrict x, REAL *restrict e, int64_t n, struct FN(temperature) t, const REAL *next, bool entropy)
+static struct FN(row) FN(reduce_block)(const REAL *restrict x, REAL *restrict e, int64_t n, struct FN(temperature) t,
+                                       const REAL *next, bool entropy)
 {
   struct FN(row) block = {0};
   REAL ones;
@@ -264,7 +266,7 @@ static struct FN(row) FN(reduce_block)(const REAL *restrict x, REAL *restrict e,
 }
 
 /* Step 4. Every factor is taken to the overall maximum, so that errors do not pile up in a row that keeps rising. */
-static struct FN(row) FN(join_blocks)(const struct FN(row) *blocks, int64_t count, struct FN(temperature) t)
+static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t count, struct FN(temperature) t)
 {
   int64_t top = 0;
   for (int64_t b = 1; b < count; b++)
@@ -377,7 +379,7 @@ static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REA
 }
 
 /* The outputs of PL_SCORE for row r. */
-static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) *row, struct FN(finish) f,
+static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(finish) f,
                           struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
 {
   const int64_t k = task->picks;
@@ -424,13 +426,13 @@ static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_
 
 /* Room that only some calls need, from the heap: the blocks of a long row, the k largest of a scored one. */
 struct FN(room) {
-  struct FN(row) *blocks;
+  struct FN(row) * blocks;
   REAL *top_x;
   int64_t *top_index;
 };
 
-static int64_t FN(run_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t, struct FN(scratch) *scratch,
-                           const struct FN(room) *room)
+static int64_t FN(run_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
+                           struct FN(scratch) * scratch, const struct FN(room) * room)
 {
   const int64_t classes = task->classes;
   const int64_t count = (classes + BLOCK - 1) / BLOCK;

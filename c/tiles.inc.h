@@ -2,7 +2,8 @@
  * holds [class][row], so that a step of the tree is one vector operation for all its rows. */
 
 /* Pointers to the rows of a tile; true where they lie side by side, as with a class axis that is not the last. */
-static bool FN(row_pointers)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype, char **base)
+static bool FN(row_pointers)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype,
+                             char **base)
 {
   bool adjacent = true;
   for (int64_t l = 0; l < rows; l++) {
@@ -59,8 +60,8 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
 }
 
 /* Step 1. e holds the terms of the sum, those that are exactly 1 counted in ones; `keep` leaves every term in x as well. */
-static void FN(exp_tile)(REAL *restrict x, REAL *restrict e, int64_t classes, struct FN(temperature) t, bool keep, REAL *restrict max,
-                         REAL *restrict ones)
+static void FN(exp_tile)(REAL *restrict x, REAL *restrict e, int64_t classes, struct FN(temperature) t, bool keep,
+                         REAL *restrict max, REAL *restrict ones)
 {
   const bool plain = t.inverse == 1 && t.inverse_lo == 0;
   for (int l = 0; l < LANES; l++) {
@@ -138,7 +139,7 @@ static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL
 }
 
 static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(temperature) t,
-                            struct FN(scratch) *scratch)
+                            struct FN(scratch) * scratch)
 {
   const int64_t classes = task->classes;
   const bool keep = task->operation == PL_SOFTMAX;

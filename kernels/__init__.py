@@ -1,1 +1,1 @@
-"""Backends compiled by Numba; each is a module with the functions of every backend, and imports only numba and numpy."""
+"""Backends compiled by Numba, each a module with the functions that every backend has."""

@@ -1,8 +1,10 @@
-"""The CPU backend compiled by Numba: the algorithms of the C backend, step by step, with the same bits.
+"""The CPU backend compiled by Numba: the C backend's algorithms, step by step, with the same bits.
 
-`c/exp.inc.h` derives the elementary functions, `c/rows.inc.h` defines the canonical reduction tree. Names are the same.
-There is no fast-math. LLVM does not vectorise floating-point reductions without it, so that the kernels are written in
-lines, vectors of LANES numbers (64 bytes, one AVX-512 register); the same mathematics serves a number and a line.
+`c/exp.inc.h` derives the elementary functions, `c/rows.inc.h` defines the canonical reduction tree;
+names are the same. There is no fast-math, and without it LLVM does not vectorise floating-point
+reductions. So the kernels are written in lines, vectors of LANES numbers (64 bytes, one AVX-512
+register); the same mathematics serves a number and a line. It is one file because Numba's cache
+looks for changes only in the file of the function that it compiles.
 """
 
 import hashlib
@@ -20,12 +22,14 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.imputils import lower_getattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import populate_array
 
 DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 
-# nogil: a serial call holds up nobody. error_model: a division by zero is an infinity, not an exception.
+# nogil: a serial call holds up nobody. error_model: a division by zero is an infinity.
 OPTIONS = {"fastmath": False, "error_model": "numpy", "nogil": True}
 
 LINE_BYTES = 64
@@ -39,8 +43,7 @@ TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half infinity nan lanes block "
-    "exp_lowest exp_scale round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
+    "zero one two half infinity nan lanes block exp_lowest exp_scale round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
@@ -84,20 +87,11 @@ _F64 = _constants(
     exp_scale=2.0**512,
     round_shift=1.5 * 2**52 + 1023 + 512,
     ln2=("0x1.71547652b82fep+0", "0x1.62e42ffp-1", "-0x1.718432a1b0e26p-35"),
-    exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 0x1.71ddffef9e7b1p-19 "
-    "0x1.a01a01a741b3cp-16 0x1.a01a01aca0134p-13 0x1.6c16c16c16212p-10 0x1.111111110ff87p-7 "
-    "0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
+    exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 "
+    "0x1.71ddffef9e7b1p-19 0x1.a01a01a741b3cp-16 0x1.a01a01aca0134p-13 0x1.6c16c16c16212p-10 "
+    "0x1.111111110ff87p-7 0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
     atanh_terms=11,
 )
-
-
-def constants(like):
-    """The constants of a number's or a line's type."""
-
-
-@overload(constants)
-def _overload_constants(like):
-    return (lambda like: _F32) if _real(like) == types.float32 else (lambda like: _F64)
 
 
 # ---- lines ----
@@ -123,7 +117,8 @@ class Mask(types.Type):
 @register_model(Line)
 class _LineModel(models.PrimitiveModel):
     def __init__(self, manager, line):
-        super().__init__(manager, line, ir.VectorType(manager.lookup(line.real).get_value_type(), line.lanes))
+        number = manager.lookup(line.real).get_value_type()
+        super().__init__(manager, line, ir.VectorType(number, line.lanes))
 
 
 @register_model(Mask)
@@ -158,10 +153,47 @@ def _integer(like, value):
 
 
 def _fma(builder, a, b, c):
-    kind = a.type
-    element, lanes = (kind.element, f"v{kind.count}") if isinstance(kind, ir.VectorType) else (kind, "")
-    name = f"llvm.fma.{lanes}{element.intrinsic_name}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name), [a, b, c])
+    number, suffix = a.type, ""
+    if isinstance(a.type, ir.VectorType):
+        number, suffix = a.type.element, f"v{a.type.count}"
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fma.{suffix}{number.intrinsic_name}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+
+
+class ConstantsType(types.Type):
+    """The constants of a type, known while compiling; a tuple of them would be copied about."""
+
+    def __init__(self, real):
+        self.values = _F32 if real == types.float32 else _F64
+        super().__init__(f"Constants({real})")
+
+
+register_model(ConstantsType)(models.OpaqueModel)
+
+
+@infer_getattr
+class _ConstantsAttributes(AttributeTemplate):
+    key = ConstantsType
+
+    def generic_resolve(self, constants, name):
+        return numba.typeof(getattr(constants.values, name))
+
+
+@lower_getattr_generic(ConstantsType)
+def _lower_constant(context, builder, constants, value, name):
+    value = getattr(constants.values, name)
+    return context.get_constant_generic(builder, numba.typeof(value), value)
+
+
+@intrinsic
+def constants(typingctx, like):
+    """The constants of a number's or a line's type."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_dummy_value()
+
+    return ConstantsType(_real(like))(like), codegen
 
 
 def _overload_operator(function, emit, compares=False):
@@ -188,9 +220,16 @@ for _function, _emit in (
     (operator.truediv, ir.IRBuilder.fdiv),
 ):
     _overload_operator(_function, _emit)
-for _function, _comparison in ((operator.eq, "=="), (operator.lt, "<"), (operator.le, "<="), (operator.gt, ">")):
+for _function, _comparison in (
+    (operator.eq, "=="),
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+):
     _overload_operator(
-        _function, lambda builder, a, b, comparison=_comparison: builder.fcmp_ordered(comparison, a, b), compares=True
+        _function,
+        lambda builder, a, b, comparison=_comparison: builder.fcmp_ordered(comparison, a, b),
+        compares=True,
     )
 
 
@@ -333,33 +372,89 @@ def every_lane(typingctx, number):
     return line(number), lambda context, builder, signature, args: _spread(builder, args[0], context.get_value_type(line))
 
 
+def _borrow(context, builder, kind, data, size, stride):
+    """A one-dimensional view, without a reference: counting takes as long as a short row."""
+    result = context.make_array(kind)(context, builder)
+    populate_array(
+        result,
+        data=builder.bitcast(data, result.data.type),
+        shape=[size],
+        strides=[stride],
+        itemsize=context.get_constant(types.intp, kind.dtype.bitwidth // 8),
+        meminfo=None,
+    )
+    return result._getvalue()
+
+
 @intrinsic(prefer_literal=True)
 def scratch(typingctx, like, size):
-    """An uninitialised array of `size` bytes on the stack, aligned to lines: a heap array costs a twentieth of the time."""
+    """An uninitialised array of `size` bytes on the stack, aligned to lines."""
     array = types.Array(like, 1, "C")
-    itemsize, count = like.bitwidth // 8, size.literal_value * 8 // like.bitwidth
+    count = size.literal_value * 8 // like.bitwidth
 
     def codegen(context, builder, signature, args):
-        storage = cgutils.alloca_once(builder, ir.ArrayType(context.get_data_type(like), count))
+        with builder.goto_entry_block():
+            storage = builder.alloca(ir.ArrayType(context.get_data_type(like), count))
         storage.align = LINE_BYTES
-        result = context.make_array(array)(context, builder)
-        populate_array(
-            result,
-            data=builder.bitcast(storage, result.data.type),
-            shape=[context.get_constant(types.intp, count)],
-            strides=[context.get_constant(types.intp, itemsize)],
-            itemsize=context.get_constant(types.intp, itemsize),
-            meminfo=None,
-        )
-        return result._getvalue()
+        size, stride = (context.get_constant(types.intp, value) for value in (count, like.bitwidth // 8))
+        return _borrow(context, builder, array, storage, size, stride)
 
     return array(like, size), codegen
 
 
 @intrinsic
+def strip(typingctx, array, i, first, j, size):
+    """array[i, first : first + size, j]"""
+    kind = types.Array(array.dtype, 1, "A", aligned=array.aligned)
+
+    def codegen(context, builder, signature, args):
+        source = context.make_array(array)(context, builder, args[0])
+        strides = cgutils.unpack_tuple(builder, source.strides)
+        data = source.data
+        for index, stride in zip(args[1:4], strides, strict=True):
+            data = cgutils.pointer_add(builder, data, builder.mul(index, stride))
+        return _borrow(context, builder, kind, data, args[4], strides[1])
+
+    return kind(array, types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def borrowed(typingctx, array):
+    """The same array without its reference; for arguments, which the caller keeps alive."""
+
+    def codegen(context, builder, signature, args):
+        result = context.make_array(array)(context, builder, args[0])
+        result.meminfo = result.meminfo.type(None)
+        return result._getvalue()
+
+    return array(array), codegen
+
+
+@intrinsic
 def packed(typingctx, row):
     """The same row, known to be contiguous."""
-    return row.copy(layout="C")(row), lambda context, builder, signature, args: args[0]
+    kind = row.copy(layout="C")
+
+    def codegen(context, builder, signature, args):
+        source = context.make_array(row)(context, builder, args[0])
+        size, stride = (builder.extract_value(value, 0) for value in (source.shape, source.strides))
+        return _borrow(context, builder, kind, source.data, size, stride)
+
+    return kind(row), codegen
+
+
+@intrinsic
+def copy(typingctx, target, source, size):
+    """target[:size] = source[:size], both contiguous, by memcpy: a loop took 1.3 times the time."""
+
+    def codegen(context, builder, signature, args):
+        to, start = (
+            context.make_array(kind)(context, builder, value).data for kind, value in ((target, args[0]), (source, args[1]))
+        )
+        cgutils.raw_memcpy(builder, to, start, args[2], source.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp), codegen
 
 
 @intrinsic
@@ -377,30 +472,34 @@ def prefetch(typingctx, row, index):
     return types.void(row, index), codegen
 
 
+# Not called from Python: less to compile.
+helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+
+
 # ---- the elementary functions: c/exp.inc.h. A pair is hi + lo, unevaluated. ----
 
 
-@njit(**OPTIONS)
+@helper
 def two_sum(a, b):
     hi = a + b
     b_seen = hi - a
     return hi, (a - (hi - b_seen)) + (b - b_seen)
 
 
-@njit(**OPTIONS)
+@helper
 def fast_two_sum(a, b):
     hi = a + b
     return hi, b - (hi - a)
 
 
-@njit(**OPTIONS)
+@helper
 def exponent(x, maximum, inverse, inverse_lo):
     difference, difference_lo = two_sum(x, -maximum)
     hi = difference * inverse
     return hi, fma(difference, inverse, -hi) + fma(difference, inverse_lo, difference_lo * inverse)
 
 
-@njit(**OPTIONS)
+@helper
 def reduce(hi, lo):
     k = constants(hi)
     shifted = fma(hi, k.log2_e, k.round_shift)
@@ -408,7 +507,7 @@ def reduce(hi, lo):
     return fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
 
 
-@njit(**OPTIONS)
+@helper
 def exp_scaled(hi, lo):
     k = constants(hi)
     r, scale = reduce(hi, lo)
@@ -416,7 +515,7 @@ def exp_scaled(hi, lo):
     return select(hi < k.exp_lowest, k.zero, value)
 
 
-@njit(**OPTIONS)
+@helper
 def exp_pair(hi, lo):
     k = constants(hi)
     if hi < k.exp_lowest:
@@ -428,7 +527,7 @@ def exp_pair(hi, lo):
     return total * scale, (total_lo + r_lo) * scale
 
 
-@njit(**OPTIONS)
+@helper
 def log1p_pair(hi, lo):
     k = constants(hi)
     one, one_lo = two_sum(k.one, hi)
@@ -448,25 +547,25 @@ def log1p_pair(hi, lo):
 # ---- what a row's results are made from: c/rows.inc.h ----
 
 
-@njit(**OPTIONS)
+@helper
 def finite(value):
     return value - value == constants(value).zero
 
 
-@njit(**OPTIONS)
+@helper
 def add_pairs(a_hi, a_lo, b_hi, b_lo):
     hi, lo = two_sum(a_hi, b_hi)
     return select(finite(hi), hi + (lo + (a_lo + b_lo)), hi)
 
 
-@njit(**OPTIONS)
+@helper
 def invert(temperature):
     k = constants(temperature)
     inverse = k.one / temperature
     return inverse, fma(-temperature, inverse, k.one) * inverse
 
 
-@njit(**OPTIONS)
+@helper
 def scaled_terms(x, maximum, t):
     """exp((x - maximum) / temperature) * EXP_SCALE."""
     k = constants(x)
@@ -478,14 +577,14 @@ def scaled_terms(x, maximum, t):
     return exp_scaled(hi, lo)
 
 
-@njit(**OPTIONS)
+@helper
 def add_ones(total, total_lo, ones):
     k = constants(total)
     hi, lo = two_sum(total / k.exp_scale, ones - k.one)
     return hi, lo + total_lo / k.exp_scale
 
 
-@njit(**OPTIONS)
+@helper
 def finish_row(maximum, total, total_lo):
     """log1p of the sum as a pair, then the scaled reciprocal of the sum as a pair."""
     k = constants(maximum)
@@ -499,18 +598,18 @@ def finish_row(maximum, total, total_lo):
     return log1p + poison, log1p_lo, reciprocal / k.exp_scale, residual * reciprocal / k.exp_scale
 
 
-@njit(**OPTIONS)
+@helper
 def probability(e, f):
     return fma(e, f[2], e * f[3])
 
 
-@njit(**OPTIONS)
+@helper
 def log_probability(x, maximum, f, t):
     hi, lo = exponent(x, maximum, t[0], t[1])
     return add_pairs(hi, lo, -f[0], -f[1])
 
 
-@njit(**OPTIONS)
+@helper
 def log_sum(maximum, total, f, t):
     scaled = maximum * t[0]
     scaled_lo = fma(maximum, t[0], -scaled) + maximum * t[1]
@@ -518,14 +617,14 @@ def log_sum(maximum, total, f, t):
     return select(finite(maximum), value, select(total == total, maximum, total))
 
 
-@njit(**OPTIONS)
+@helper
 def dense_loss(dot, dot_lo, labels, labels_lo, f):
     mass = labels * f[0]
     mass_lo = fma(labels, f[0], -mass) + (labels * f[1] + labels_lo * f[0])
     return add_pairs(dot, dot_lo, mass, mass_lo)
 
 
-@njit(**OPTIONS)
+@helper
 def weigh(x, q, maximum):
     """q (maximum - x) as a pair; nothing where q is 0."""
     k = constants(x)
@@ -539,15 +638,26 @@ def weigh(x, q, maximum):
 # ---- one row, a block at a time: c/rows.inc.h ----
 
 
-@njit(**OPTIONS)
+@helper
+def position(r, inner):
+    """Row number r as (i, j); a division takes as long as ten elements."""
+    return (r, 0) if inner == 1 else (r // inner, r % inner)
+
+
+@helper
+def block_of(array, r, first):
+    """The block of a row that starts at `first`."""
+    i, j = position(r, array.shape[2])
+    return strip(array, i, first, j, min(BLOCK_BYTES // array.itemsize, array.shape[1] - first))
+
+
+@helper
 def load(x, row, fill):
     """A row, or a part of one, into scratch; filled up to whole groups."""
     n = row.size
     size = LINES * constants(x[0]).lanes
     if row.strides[0] == row.itemsize:
-        source = packed(row)
-        for c in range(n):
-            x[c] = source[c]
+        copy(x, row, n)
     else:
         for c in range(n):
             x[c] = row[c]
@@ -555,39 +665,50 @@ def load(x, row, fill):
         x[c] = fill
 
 
-@njit(**OPTIONS)
+@helper
 def store(row, x):
     if row.strides[0] == row.itemsize:
-        target = packed(row)
-        for c in range(target.size):
-            target[c] = x[c]
+        copy(row, x, row.size)
     else:
         for c in range(row.size):
             row[c] = x[c]
 
 
-@njit(**OPTIONS)
-def mask(x, where, fill):
-    for c in range(where.size):
-        x[c] = x[c] if where[c] else fill
+@helper
+def mask(x, n, where, r, first, fill):
+    if where.shape[1]:
+        i, j = position(r, where.shape[2])
+        row = strip(where, i, first, j, n)
+        for c in range(n):
+            x[c] = x[c] if row[c] else fill
 
 
-@njit(**OPTIONS)
-def prefetch_part(row):
-    if row.strides[0] == row.itemsize:
+@helper
+def prefetch_next(logits, r, first, end):
+    """Asks for the block after the one at `first`, or for the next row's, to come meanwhile."""
+    first += BLOCK_BYTES // logits.itemsize
+    if first >= logits.shape[1]:
+        r, first = r + 1, 0
+    if r < end and logits.strides[1] == logits.itemsize:
+        row = packed(block_of(logits, r, first))
         for c in range(0, row.size, LINE_BYTES // row.itemsize):
             prefetch(row, c)
 
 
-@njit(**OPTIONS)
+@helper
 def larger(a, b):
     return select(a > b, a, b)
 
 
-@njit(**OPTIONS)
+@helper
 def maximum_of(x, n):
     k = constants(x[0])
-    a, b, c, d = line_at(x, 0), line_at(x, k.lanes), line_at(x, 2 * k.lanes), line_at(x, 3 * k.lanes)
+    a, b, c, d = (
+        line_at(x, 0),
+        line_at(x, k.lanes),
+        line_at(x, 2 * k.lanes),
+        line_at(x, 3 * k.lanes),
+    )
     for i in range(LINES * k.lanes, n, LINES * k.lanes):
         a = larger(line_at(x, i), a)
         b = larger(line_at(x, i + k.lanes), b)
@@ -602,7 +723,7 @@ def maximum_of(x, n):
     return first_lane(best)
 
 
-@njit(**OPTIONS)
+@helper
 def take_ones(term):
     """A term without those that are exactly 1, and their count."""
     k = constants(term)
@@ -610,13 +731,13 @@ def take_ones(term):
     return select(one, k.zero, term), select(one, k.one, k.zero)
 
 
-@njit(**OPTIONS)
+@helper
 def join_lanes(s, s_lo, ones, other, other_lo, other_ones):
     s, lo = two_sum(s, other)
     return s, (s_lo + other_lo) + lo, ones + other_ones
 
 
-@njit(**OPTIONS)
+@helper
 def sum_of_lanes(s, s_lo, ones):
     """Step 3 of the tree: a pair and the count of ones."""
     k = constants(s)
@@ -631,7 +752,7 @@ def sum_of_lanes(s, s_lo, ones):
     return hi, lo, first_lane(ones)
 
 
-@njit(**OPTIONS)
+@helper
 def sum_of(e, n):
     """Steps 2 and 3 without a count."""
     k = constants(e[0])
@@ -645,7 +766,7 @@ def sum_of(e, n):
     return total, total_lo
 
 
-@njit(**OPTIONS)
+@helper
 def reduce_block(x, e, n, t):
     """Steps 1 to 3; leaves exp(x - maximum) * EXP_SCALE in e."""
     k = constants(x[0])
@@ -679,7 +800,7 @@ def reduce_block(x, e, n, t):
     return maximum, total, total_lo
 
 
-@njit(**OPTIONS)
+@helper
 def entropy_dot(x, e, n, maximum, t):
     """The sum of exp(x - maximum) (maximum - x) / temperature; destroys e."""
     k = constants(x[0])
@@ -692,7 +813,7 @@ def entropy_dot(x, e, n, maximum, t):
     return sum_of(e, n)[0] / k.exp_scale
 
 
-@njit(**OPTIONS)
+@helper
 def join_blocks(blocks, t):
     """Step 4 on rows of (maximum, sum, low part of the sum, dot)."""
     k = constants(blocks[0, 0])
@@ -721,32 +842,30 @@ def join_blocks(blocks, t):
     return maximum, total, total_lo, dot
 
 
-@njit(**OPTIONS)
-def stage(x, row, where, first):
+@helper
+def stage(logits, where, r, first, x):
     """A block of a row into x, what is masked as -inf; returns its size in whole groups."""
     k = constants(x[0])
-    part = row[first : first + k.block]
-    load(x, part, -k.infinity)
-    mask(x, where[first : first + k.block], -k.infinity)
-    return (part.size + LINES * k.lanes - 1) // (LINES * k.lanes) * (LINES * k.lanes)
+    group = LINES * k.lanes
+    row = block_of(logits, r, first)
+    load(x, row, -k.infinity)
+    mask(x, row.size, where, r, first, -k.infinity)
+    return (row.size + group - 1) // group * group
 
 
-@njit(**OPTIONS)
-def reduce_row(row, where, following, x, e, blocks, t):
-    """All four steps; leaves the last block in x and e. `following` is the row that comes next."""
+@helper
+def reduce_row(logits, where, r, end, x, e, blocks, t):
+    """All four steps; leaves the last block in x and e."""
     k = constants(x[0])
     for b in range(len(blocks)):
-        n = stage(x, row, where, b * k.block)
-        if b + 1 < len(blocks):
-            prefetch_part(row[(b + 1) * k.block : (b + 2) * k.block])
-        else:
-            prefetch_part(following[: k.block])
+        n = stage(logits, where, r, b * k.block, x)
+        prefetch_next(logits, r, b * k.block, end)
         blocks[b, 0], blocks[b, 1], blocks[b, 2] = reduce_block(x, e, n, t)
         blocks[b, 3] = k.zero
     return join_blocks(blocks, t)
 
 
-@njit(**OPTIONS)
+@helper
 def block_room(logits):
     block = BLOCK_BYTES // logits.itemsize
     return np.empty(((logits.shape[1] + block - 1) // block, 4), logits.dtype)
@@ -755,7 +874,7 @@ def block_room(logits):
 # ---- LANES short rows at once, the rows in the lanes: c/tiles.inc.h ----
 
 
-@njit(**OPTIONS)
+@helper
 def by_tile(logits, rows):
     lanes = LINE_BYTES // logits.itemsize
     if rows < lanes // 2:
@@ -764,59 +883,59 @@ def by_tile(logits, rows):
     return logits.shape[1] <= (TILE if adjacent else 2 * lanes)
 
 
-@njit(**OPTIONS)
+@helper
 def load_tile(x, array, r, rows):
     """x[class][row]; missing rows are zeros."""
     k = constants(x[0])
     classes, inner = array.shape[1], array.shape[2]
-    i, j = r // inner, r % inner
+    i, j = position(r, inner)
     if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
         for c in range(classes):
-            put_line(x, c * k.lanes, line_at(packed(array[i, c, j:]), 0))
+            put_line(x, c * k.lanes, line_at(packed(strip(array, i, c, j, rows)), 0))
         return
     if rows < k.lanes:
         for c in range(classes):
             put_line(x, c * k.lanes, k.zero)
-    for l in range(rows):
-        row = array[(r + l) // inner, :, (r + l) % inner]
+    for lane in range(rows):
+        row = block_of(array, r + lane, 0)
         for c in range(classes):
-            x[c * k.lanes + l] = row[c]
+            x[c * k.lanes + lane] = row[c]
 
 
-@njit(**OPTIONS)
+@helper
 def store_tile(array, x, r, rows):
     k = constants(x[0])
     classes, inner = array.shape[1], array.shape[2]
-    i, j = r // inner, r % inner
+    i, j = position(r, inner)
     if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
         for c in range(classes):
-            put_line(packed(array[i, c, j:]), 0, line_at(x, c * k.lanes))
+            put_line(packed(strip(array, i, c, j, rows)), 0, line_at(x, c * k.lanes))
         return
-    for l in range(rows):
-        row = array[(r + l) // inner, :, (r + l) % inner]
+    for lane in range(rows):
+        row = block_of(array, r + lane, 0)
         for c in range(classes):
-            row[c] = x[c * k.lanes + l]
+            row[c] = x[c * k.lanes + lane]
 
 
-@njit(**OPTIONS)
+@helper
 def mask_tile(x, where, r, rows, fill):
-    lanes, inner = constants(x[0]).lanes, where.shape[2]
+    lanes = constants(x[0]).lanes
     if where.shape[1] == 0:
         return
-    for l in range(rows):
-        row = where[(r + l) // inner, :, (r + l) % inner]
+    for lane in range(rows):
+        row = block_of(where, r + lane, 0)
         for c in range(row.size):
             if not row[c]:
-                x[c * lanes + l] = fill
+                x[c * lanes + lane] = fill
 
 
-@njit(**OPTIONS)
+@helper
 def line_or_zero(e, c, classes):
     k = constants(e[0])
     return line_at(e, c * k.lanes) if c < classes else every_lane(k.zero)
 
 
-@njit(**OPTIONS)
+@helper
 def sum_tile(e, classes):
     """Steps 2 and 3 of the tree for every row: a pair of lines."""
     k = constants(e[0])
@@ -844,7 +963,7 @@ def sum_tile(e, classes):
     return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero)
 
 
-@njit(**OPTIONS)
+@helper
 def reduce_tile(logits, where, r, rows, x, e, t):
     """The maxima and the sums of a tile's rows; leaves the logits in x, destroys e."""
     k = constants(x[0])
@@ -870,64 +989,64 @@ def reduce_tile(logits, where, r, rows, x, e, t):
     return maximum, total, total_lo
 
 
-@njit(**OPTIONS)
+@helper
 def store_line(out, line, r, rows):
     """One number per row."""
     numbers = scratch(out[0, 0], LINE_BYTES)
     put_line(numbers, 0, line)
-    for l in range(rows):
-        out[(r + l) // out.shape[1], (r + l) % out.shape[1]] = numbers[l]
+    for lane in range(rows):
+        out[(r + lane) // out.shape[1], (r + lane) % out.shape[1]] = numbers[lane]
 
 
 # ---- the operations, on rows begin to end ----
 
 
-@njit(**OPTIONS)
+@helper
 def softmax_rows(logits, where, temperature, log, out, begin, end):
+    logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
-    classes, inner = logits.shape[1], logits.shape[2]
+    classes = logits.shape[1]
     masked = -k.infinity if log else k.zero
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
             f = finish_row(maximum, total, total_lo)
-            for c in range(0, classes * k.lanes, k.lanes):
-                if log:
+            if log:
+                for c in range(0, classes * k.lanes, k.lanes):
                     put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
-                else:
+            else:
+                for c in range(0, classes * k.lanes, k.lanes):
                     put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
             mask_tile(x, where, r, rows, masked)
             store_tile(out, x, r, rows)
         return
     blocks = block_room(logits)
     for r in range(begin, end):
-        i, j = r // inner, r % inner
-        after = min(r + 1, end - 1)
-        row, row_where = logits[i, :, j], where[i, :, j]
-        following = logits[after // inner, :, after % inner]
-        maximum, total, total_lo, _ = reduce_row(row, row_where, following, x, e, blocks, t)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
         f = finish_row(maximum, total, total_lo)
-        row_out = out[i, :, j]
         for first in range(0, classes, k.block):
             n = min(k.block, classes - first)
             if classes > k.block:
-                stage(x, row, row_where, first)
-            for c in range(0, n, k.lanes):
-                if log:
+                stage(logits, where, r, first, x)
+            if log:
+                for c in range(0, n, k.lanes):
                     put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
-                elif classes > k.block:
+            elif classes > k.block:
+                for c in range(0, n, k.lanes):
                     put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
-                else:
+            else:
+                for c in range(0, n, k.lanes):
                     put_line(x, c, probability(line_at(e, c), f))
-            mask(x, row_where[first : first + n], masked)
-            store(row_out[first : first + n], x)
+            mask(x, n, where, r, first, masked)
+            store(block_of(out, r, first), x)
 
 
-@njit(**OPTIONS)
+@helper
 def logsumexp_rows(logits, where, temperature, out, begin, end):
+    logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
@@ -941,16 +1060,20 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
         return
     blocks = block_room(logits)
     for r in range(begin, end):
-        i, j = r // inner, r % inner
-        after = min(r + 1, end - 1)
-        following = logits[after // inner, :, after % inner]
-        maximum, total, total_lo, _ = reduce_row(logits[i, :, j], where[i, :, j], following, x, e, blocks, t)
+        i, j = position(r, inner)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
         out[i, j] = log_sum(maximum, total, finish_row(maximum, total, total_lo), t)
 
 
-@njit(**OPTIONS)
+@helper
 def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     """Log-probabilities at indices (outer, K, inner), or the losses that are their negatives."""
+    logits, where, indices, out = (
+        borrowed(logits),
+        borrowed(where),
+        borrowed(indices),
+        borrowed(out),
+    )
     k = constants(temperature)
     t = invert(temperature)
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
@@ -963,19 +1086,17 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
                 put_line(picked, 0, k.nan)
-                for l in range(rows):
-                    label = indices[(r + l) // inner, pick, (r + l) % inner]
+                for lane in range(rows):
+                    label = indices[(r + lane) // inner, pick, (r + lane) % inner]
                     if 0 <= label < classes:
-                        picked[l] = x[label * k.lanes + l]
+                        picked[lane] = x[label * k.lanes + lane]
                 result = log_probability(line_at(picked, 0), maximum, f, t)
                 store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
         return
     blocks = block_room(logits)
     for r in range(begin, end):
-        i, j = r // inner, r % inner
-        after = min(r + 1, end - 1)
-        following = logits[after // inner, :, after % inner]
-        maximum, total, total_lo, _ = reduce_row(logits[i, :, j], where[i, :, j], following, x, e, blocks, t)
+        i, j = position(r, inner)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
         f = finish_row(maximum, total, total_lo)
         for pick in range(indices.shape[1]):
             label = indices[i, pick, j]
@@ -984,8 +1105,9 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             out[i, pick, j] = k.zero - result if loss else result
 
 
-@njit(**OPTIONS)
+@helper
 def dense_rows(logits, where, labels, out, begin, end):
+    logits, where, labels, out = borrowed(logits), borrowed(where), borrowed(labels), borrowed(out)
     k = constants(out[0, 0])
     t = (k.one, k.zero)
     x, e = scratch(out[0, 0], TILE_BYTES), scratch(out[0, 0], TILE_BYTES)
@@ -1007,17 +1129,13 @@ def dense_rows(logits, where, labels, out, begin, end):
         return
     blocks = block_room(logits)
     for r in range(begin, end):
-        i, j = r // inner, r % inner
-        after = min(r + 1, end - 1)
-        row, row_where = logits[i, :, j], where[i, :, j]
-        following = logits[after // inner, :, after % inner]
-        maximum, total, total_lo, _ = reduce_row(row, row_where, following, x, e, blocks, t)
+        i, j = position(r, inner)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
         f = finish_row(maximum, total, total_lo)
-        row_labels = labels[i, :, j]
         dot, dot_lo, mass, mass_lo = k.zero, k.zero, k.zero, k.zero
         for first in range(0, classes, k.block):
-            n = stage(x, row, row_where, first)
-            load(e, row_labels[first : first + k.block], k.zero)
+            n = stage(logits, where, r, first, x)
+            load(e, block_of(labels, r, first), k.zero)
             part, part_lo = sum_of(e, n)
             mass, lo = two_sum(mass, part)
             mass_lo += lo + part_lo
@@ -1032,15 +1150,15 @@ def dense_rows(logits, where, labels, out, begin, end):
         out[i, j] = dense_loss(dot, dot_lo, mass, mass_lo, f)
 
 
-@njit(**OPTIONS)
+@helper
 def above(a, b):
     """Whether a comes before b among the largest: NaN above all, as np.argmax has it."""
     return a > b or (a != a and b == b)
 
 
-@njit(**OPTIONS)
+@helper
 def keep_largest(x, n, first, top_x, top_index, kept):
-    """The k largest of a row so far, largest first, the earlier of equals first; returns how many."""
+    """The k largest so far, largest first, the earlier of equals first; returns how many."""
     lanes = constants(x[0]).lanes
     last = top_x.size - 1
     for start in range(0, n, lanes):
@@ -1060,11 +1178,24 @@ def keep_largest(x, n, first, top_x, top_index, kept):
     return kept
 
 
-@njit(**OPTIONS)
+@helper
 def score_rows(
-    logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities, loss, correct,
-    begin, end,
+    logits,
+    where,
+    labels,
+    temperature,
+    prediction,
+    confidence,
+    entropy,
+    logsumexp,
+    top_indices,
+    top_probabilities,
+    loss,
+    correct,
+    begin,
+    end,
 ):
+    logits, where, labels = borrowed(logits), borrowed(where), borrowed(labels)
     k = constants(temperature)
     t = invert(temperature)
     x, e = scratch(temperature, BLOCK_BYTES), scratch(temperature, BLOCK_BYTES)
@@ -1073,13 +1204,12 @@ def score_rows(
     top_index = np.empty(top_indices.shape[2], np.int64)
     blocks = block_room(logits)
     for r in range(begin, end):
-        i, j = r // inner, r % inner
-        row = logits[i, :, j]
+        i, j = position(r, inner)
         kept = 0
         for b in range(len(blocks)):
             first = b * k.block
-            n = stage(x, row, row[:0], first)
-            prefetch_part(row[first + k.block : first + 2 * k.block])
+            n = stage(logits, where, r, first, x)
+            prefetch_next(logits, r, first, end)
             maximum, total, total_lo = reduce_block(x, e, n, t)
             blocks[b, 0], blocks[b, 1], blocks[b, 2] = maximum, total, total_lo
             blocks[b, 3] = entropy_dot(x, e, n, maximum, t)
@@ -1104,7 +1234,7 @@ def score_rows(
 # ---- the operations on pieces of rows, serial or parallel ----
 
 
-@njit(**OPTIONS)
+@helper
 def first_outside(labels, classes):
     """The flat index of the first label outside [0, classes), or -1."""
     n = 0
@@ -1117,7 +1247,7 @@ def first_outside(labels, classes):
     return -1
 
 
-@njit(**OPTIONS)
+@helper
 def piece_end(logits, begin, piece):
     return min(begin + piece, logits.shape[0] * logits.shape[2])
 
@@ -1136,7 +1266,16 @@ def pick_pieces(logits, where, indices, temperature, loss, out, pieces, piece):
     bad = first_outside(indices, logits.shape[1])
     if bad == -1:
         for p in prange(pieces):
-            pick_rows(logits, where, indices, temperature, loss, out, p * piece, piece_end(logits, p * piece, piece))
+            pick_rows(
+                logits,
+                where,
+                indices,
+                temperature,
+                loss,
+                out,
+                p * piece,
+                piece_end(logits, p * piece, piece),
+            )
     return bad
 
 
@@ -1146,15 +1285,39 @@ def dense_pieces(logits, where, labels, out, pieces, piece):
 
 
 def score_pieces(
-    logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities, loss, correct,
-    pieces, piece,
+    logits,
+    where,
+    labels,
+    temperature,
+    prediction,
+    confidence,
+    entropy,
+    logsumexp,
+    top_indices,
+    top_probabilities,
+    loss,
+    correct,
+    pieces,
+    piece,
 ):
     bad = first_outside(np.expand_dims(labels, 1), logits.shape[1])
     if bad == -1:
         for p in prange(pieces):
             score_rows(
-                logits, labels, temperature, prediction, confidence, entropy, logsumexp, top_indices, top_probabilities,
-                loss, correct, p * piece, piece_end(logits, p * piece, piece),
+                logits,
+                where,
+                labels,
+                temperature,
+                prediction,
+                confidence,
+                entropy,
+                logsumexp,
+                top_indices,
+                top_probabilities,
+                loss,
+                correct,
+                p * piece,
+                piece_end(logits, p * piece, piece),
             )
     return bad
 
@@ -1165,8 +1328,8 @@ def score_pieces(
 class _CacheFile(IndexDataCacheFile):
     """One file for each compiled signature, named by all that it depends on, with a checksum.
 
-    Numba's own index file is read, changed and written back, so that two processes which compile different signatures
-    can end up with one's machine code under the other's name.
+    Numba's own index file is read, changed and written back, so that two processes which compile
+    different signatures can end up with one's machine code under the other's name.
     """
 
     def _name(self, key):
@@ -1182,14 +1345,12 @@ class _CacheFile(IndexDataCacheFile):
 
 
 class _Cache(FunctionCache):
-    """Numba's cache, but a file that cannot be read or written, for whatever reason, only means compiling again."""
+    """Numba's cache, but whatever keeps a file from being read or written, the call goes on."""
 
     def __init__(self, function, parallel):
         super().__init__(function)
-        self._parallel = parallel  # Numba's key has no compile options: the twins would share an entry
-        self._cache_file = _CacheFile(
-            self.cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp()
-        )
+        self._parallel = parallel  # Numba's key has no options: the twins would share an entry
+        self._cache_file = _CacheFile(self.cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
 
     def _index_key(self, signature, codegen):
         return self._parallel, *super()._index_key(signature, codegen)
@@ -1217,7 +1378,22 @@ def _signature(function, real):
         logsumexp_pieces: (full, where, real, per_row, count, count),
         pick_pieces: (full, where, labels, real, flag, full, count, count),
         dense_pieces: (full, where, full, per_row, count, count),
-        score_pieces: (full, label, real, label, per_row, per_row, per_row, labels, per_top, per_row, _array(flag, 2), count, count),
+        score_pieces: (
+            full,
+            where,
+            label,
+            real,
+            label,
+            per_row,
+            per_row,
+            per_row,
+            labels,
+            per_top,
+            per_row,
+            _array(flag, 2),
+            count,
+            count,
+        ),
     }[function]
 
 
@@ -1232,8 +1408,9 @@ def compiled(function, dtype, parallel):
 
 # ---- threads ----
 
-# Numba's workqueue layer aborts the process when a second thread enters it, and neither it nor OpenMP survives a fork:
-# a call beside a parallel one, and every call in a forked child, is serial. The bits are the same.
+# Numba's workqueue layer aborts the process when a second thread enters it, and neither it nor
+# OpenMP survives a fork: a call beside a parallel one, and every call in a forked child, is serial.
+# The bits are the same.
 _parallel = threading.Lock()
 _forked = threading.Event()
 if hasattr(os, "register_at_fork"):
@@ -1300,8 +1477,23 @@ def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
 def score(logits, targets, temperature, scores, threads):
     per_row = scores.prediction, scores.confidence, scores.entropy, scores.logsumexp
     if targets is None:
-        targets, loss, correct = np.empty((0, 0), np.int64), scores.entropy, np.empty((0, 0), np.bool_)
+        targets, loss, correct = (
+            np.empty((0, 0), np.int64),
+            scores.entropy,
+            np.empty((0, 0), np.bool_),
+        )
     else:
         loss, correct = scores.loss, scores.correct
     top = scores.top_k_indices, scores.top_k_probabilities
-    return _run(score_pieces, threads, logits, targets, temperature, *per_row, *top, loss, correct)
+    return _run(
+        score_pieces,
+        threads,
+        logits,
+        _where(None, logits),
+        targets,
+        temperature,
+        *per_row,
+        *top,
+        loss,
+        correct,
+    )

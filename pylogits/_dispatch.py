@@ -32,6 +32,7 @@ TABLE = (
     Backend("numba", "pylogits.kernels.cpu", "numba", serial_below=1 << 17),
     Backend("reference", "pylogits._reference", "numpy", serial_below=1 << 62),
 )
+MAX_THREADS = 1024
 NAMES = tuple(backend.name for backend in TABLE)
 # No other backend has more than 64 bits.
 ONLY_REFERENCE = frozenset({np.dtype(np.longdouble)} - {np.dtype(np.float64)})
@@ -142,12 +143,12 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1.
+        Between 1 and 1024.
 
     Raises
     ------
     TypeError, ValueError
-        If `n` is not an integer, or less than 1.
+        If `n` is not an integer, or out of range.
 
     Examples
     --------
@@ -161,8 +162,8 @@ def set_num_threads(n: int) -> None:
     global _num_threads
     if isinstance(n, bool) or not isinstance(n, int | np.integer):
         raise TypeError(f"n must be an int, not {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"n must be between 1 and {MAX_THREADS}, not {n}")
     _num_threads = int(n)
 
 
@@ -205,8 +206,8 @@ def _from_environment() -> str:
     global _num_threads
     threads = os.environ.get("PYLOGITS_NUM_THREADS")
     if threads is not None:
-        if not threads.isdecimal() or int(threads) < 1:
-            raise ValueError(f"PYLOGITS_NUM_THREADS must be an integer of at least 1, not {threads!r}")
+        if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
+            raise ValueError(f"PYLOGITS_NUM_THREADS must be an integer between 1 and {MAX_THREADS}, not {threads!r}")
         _num_threads = int(threads)
     isa = os.environ.get("PYLOGITS_ISA")
     if isa is not None:

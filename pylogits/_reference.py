@@ -1,4 +1,7 @@
-"""The definition: every operation in plain NumPy, float64 (longdouble for longdouble logits).
+"""The definition: every operation in plain NumPy, in a wider type than the logits (float64, or longdouble).
+
+A sum of exponentials is 1 + others, where one maximum is the 1: its logarithm is log1p(others), in which a confident row
+keeps its digits.
 
 It is the backend contract in its simplest form, the oracle of the tests, and the fallback for dtypes that no kernel has.
 
@@ -52,42 +55,38 @@ class Scores(NamedTuple):
 DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)})
 
 
-def _shifted(
-    logits: Array, where: Array | None, temperature: float
-) -> tuple[Array, Array, Array]:
-    """(x - max) / temperature, max / temperature and the log of the sum of exp of the former; wide, classes kept."""
-    wide = logits.astype(np.promote_types(logits.dtype, np.float64))
+def _shifted(logits: Array, where: Array | None, temperature: float) -> tuple[Array, Array, Array]:
+    """x - max and max, both over temperature, and the sum of exp(x - max) over all classes but one maximum; wide."""
+    wide = logits.astype(np.float64 if logits.dtype == np.float32 else np.longdouble)
     if where is not None:
         wide[~where] = -np.inf
     maximum = wide.max(axis=1, keepdims=True)
     with np.errstate(all="ignore"):
         shifted = (wide - maximum) / temperature
-        # log1p of the others: a confident row's loss is all in them
         terms = np.exp(shifted)
         first = np.expand_dims(shifted.argmax(axis=1), 1)
         np.put_along_axis(terms, first, np.where(np.isfinite(maximum), 0, np.nan), axis=1)
-        log_sum = np.log1p(terms.sum(axis=1, keepdims=True))
-        return shifted, maximum / temperature, log_sum
+        return shifted, maximum / temperature, terms.sum(axis=1, keepdims=True)
 
 
 def softmax(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    shifted, _, log_sum = _shifted(logits, where, temperature)
+    shifted, _, others = _shifted(logits, where, temperature)
     with np.errstate(all="ignore"):
-        result = np.exp(shifted) / np.exp(log_sum)
+        result = np.exp(shifted) / (1 + others)
         out[...] = result if where is None else np.where(where, result, 0)
 
 
 def log_softmax(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    shifted, _, log_sum = _shifted(logits, where, temperature)
+    shifted, _, others = _shifted(logits, where, temperature)
     with np.errstate(all="ignore"):
-        result = shifted - log_sum
+        result = shifted - np.log1p(others)
         out[...] = result if where is None else np.where(where, result, -np.inf)
 
 
 def logsumexp(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    _, maximum, log_sum = _shifted(logits, where, temperature)
+    _, maximum, others = _shifted(logits, where, temperature)
     with np.errstate(all="ignore"):
-        out[...] = np.where(np.isfinite(maximum), maximum + log_sum, maximum)[:, 0]
+        out[...] = np.where(np.isfinite(maximum), maximum + np.log1p(others), maximum)[:, 0]
 
 
 def find_bad_label(labels: Array, classes: int) -> int:
@@ -96,60 +95,54 @@ def find_bad_label(labels: Array, classes: int) -> int:
     return int(bad.argmax()) if bad.any() else -1
 
 
-def selective_log_softmax(
-    logits: Array, indices: Array, temperature: float, out: Array, threads: int
-) -> int:
+def selective_log_softmax(logits: Array, indices: Array, temperature: float, out: Array, threads: int) -> int:
     bad = find_bad_label(indices, logits.shape[1])
     if bad == -1:
-        shifted, _, log_sum = _shifted(logits, None, temperature)
+        shifted, _, others = _shifted(logits, None, temperature)
         with np.errstate(all="ignore"):
-            out[...] = np.take_along_axis(shifted - log_sum, indices, axis=1)
+            out[...] = np.take_along_axis(shifted - np.log1p(others), indices, axis=1)
     return bad
 
 
 def softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> None:
-    shifted, _, log_sum = _shifted(logits, None, 1.0)
+    shifted, _, others = _shifted(logits, None, 1.0)
     with np.errstate(all="ignore"):
-        losses = labels * (log_sum - shifted)
+        losses = labels * (np.log1p(others) - shifted)
         out[...] = np.where(labels == 0, 0, losses).sum(axis=1)
         # 0 x NaN is NaN all the same: only an impossible class (probability 0) may be left out
-        out[np.isnan(log_sum[:, 0])] = np.nan
+        out[np.isnan(others[:, 0])] = np.nan
 
 
-def sparse_softmax_cross_entropy_with_logits(
-    logits: Array, labels: Array, out: Array, threads: int
-) -> int:
+def sparse_softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> int:
     bad = find_bad_label(labels, logits.shape[1])
     if bad == -1:
-        shifted, _, log_sum = _shifted(logits, None, 1.0)
+        shifted, _, others = _shifted(logits, None, 1.0)
         with np.errstate(all="ignore"):
-            out[...] = (log_sum - np.take_along_axis(shifted, labels[:, None], axis=1))[:, 0]
+            out[...] = (np.log1p(others) - np.take_along_axis(shifted, labels[:, None], axis=1))[:, 0]
     return bad
 
 
-def score(
-    logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int
-) -> int:
+def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
     if targets is not None:
         bad = find_bad_label(targets, logits.shape[1])
         if bad != -1:
             return bad
     k = scores.top_k_indices.shape[-1]
-    shifted, maximum, log_sum = _shifted(logits, None, temperature)
+    shifted, maximum, others = _shifted(logits, None, temperature)
     with np.errstate(all="ignore"):
-        probabilities = np.exp(shifted - log_sum)
-        # stable, descending, NaN first: equal logits keep their order
-        order = np.argsort(np.where(np.isnan(logits), -np.inf, -logits), axis=1, kind="stable")
+        probabilities = np.exp(shifted) / (1 + others)
+        # NaN first, then descending; equal logits keep their order
+        order = np.lexsort((-logits, ~np.isnan(logits)), axis=1)
         top = order[:, :k]
         scores.top_k_indices[...] = top.transpose(0, 2, 1)
         scores.top_k_probabilities[...] = np.take_along_axis(probabilities, top, 1).transpose(0, 2, 1)
         scores.prediction[...] = top[:, 0]
         scores.confidence[...] = scores.top_k_probabilities[..., 0]
-        scores.logsumexp[...] = np.where(np.isfinite(maximum), maximum + log_sum, maximum)[:, 0]
+        scores.logsumexp[...] = np.where(np.isfinite(maximum), maximum + np.log1p(others), maximum)[:, 0]
         products = np.where(probabilities == 0, 0, -probabilities * shifted)
-        scores.entropy[...] = (log_sum + products.sum(axis=1, keepdims=True))[:, 0]
+        scores.entropy[...] = (np.log1p(others) + products.sum(axis=1, keepdims=True))[:, 0]
         if targets is not None and scores.loss is not None and scores.correct is not None:
-            losses = log_sum - np.take_along_axis(shifted, targets[:, None], axis=1)
+            losses = np.log1p(others) - np.take_along_axis(shifted, targets[:, None], axis=1)
             scores.loss[...] = losses[:, 0]
             scores.correct[...] = scores.prediction == targets
     return -1

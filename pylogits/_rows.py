@@ -85,7 +85,8 @@ def check_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     """The class axes, as NumPy's reductions understand `axis`: one, several or (None) all."""
     if axis is None:
         return tuple(range(ndim))
-    return normalize_axis_tuple(axis, ndim, "axis")
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    return normalize_axis_tuple([operator.index(one) for one in axes], ndim, "axis")
 
 
 def check_single_axis(axis: SupportsIndex, ndim: int) -> int:
@@ -99,8 +100,11 @@ def check_single_axis(axis: SupportsIndex, ndim: int) -> int:
 def check_temperature(temperature: Any, dtype: np.dtype[Any]) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, float | int | np.floating | np.integer):
         raise TypeError(f"temperature must be a real number, not {temperature!r}")
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(row_dtype(dtype).type(temperature))
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = float(row_dtype(dtype).type(temperature))
+    except OverflowError:  # an int beyond every float
+        rounded = math.inf
     if not (rounded > 0 and math.isfinite(rounded)):
         raise ValueError(f"temperature must be positive and finite in {row_dtype(dtype)}, not {temperature!r}")
     return rounded
@@ -153,15 +157,13 @@ def raise_bad_label(labels: Array, name: str, classes: int) -> NoReturn:
 
 def _as_full(array: Array, axes: tuple[int, ...]) -> Array | None:
     """A view of shape (outer, classes, inner), or None where there is none."""
-    if len(axes) == 1:
-        before, after = array.shape[: axes[0]], array.shape[axes[0] + 1 :]
-        classes = array.shape[axes[0]]
-    else:
-        array = np.moveaxis(array, axes, range(-len(axes), 0))
-        before, after = array.shape[: -len(axes)], ()
-        classes = math.prod(array.shape[len(before) :])
+    if len(axes) != 1:
+        array = np.moveaxis(array, axes, range(array.ndim - len(axes), array.ndim))
+    first = axes[0] if len(axes) == 1 else array.ndim - len(axes)
+    classes = array.shape[first : first + len(axes)]
+    shape = (math.prod(array.shape[:first]), math.prod(classes), math.prod(array.shape[first + len(axes) :]))
     try:
-        return array.reshape((math.prod(before), classes, math.prod(after)), copy=False)
+        return array.reshape(shape, copy=False)
     except ValueError:
         return None
 
@@ -204,21 +206,15 @@ class Operands(NamedTuple):
         return status in (None, -1)
 
 
-def run(
-    kernel: Kernel, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], operands: Operands
-) -> bool:
+def run(kernel: Kernel, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], operands: Operands) -> bool:
     """Run a kernel that takes `dtypes` on all rows; False where it met a bad label."""
     whole = _as_whole(operands, dtypes, axes)
     if whole is not None:
         return whole.call(kernel)
-    return all(
-        _run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes)
-    )
+    return all(_run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes))
 
 
-def _as_whole(
-    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]
-) -> Operands | None:
+def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]) -> Operands | None:
     """The operands as views for one call, or None where a backend can't take this memory as it is."""
     full = [array for array in (*operands.inputs, *operands.outputs) if array is not None]
     floats = {array.dtype for array in full if array.dtype.kind not in "bi"}
@@ -244,9 +240,9 @@ def _as_pieces(
     logits = operands.inputs[0]
     assert logits is not None
     lead = logits.ndim - len(axes)
-    work = logits.dtype.newbyteorder("=")
+    work = row_dtype(logits.dtype.newbyteorder("="))
     if work not in dtypes:
-        work = np.dtype(np.float32) if work in _HALVES else np.dtype(np.float64)
+        work = np.dtype(np.float64)
 
     def last(array: Array) -> Array:
         return np.moveaxis(array, axes, range(lead, array.ndim))
@@ -313,9 +309,7 @@ def same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def run_full(
-    operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any
-) -> Any:
+def run_full(operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any) -> Any:
     """softmax and log_softmax: an output as large as the logits."""
     array = to_numpy(logits, "logits")
     dtype = check_floats(array, "logits")
@@ -323,11 +317,11 @@ def run_full(
     mask = check_where(where, array.shape)
     temperature = check_temperature(temperature, dtype)
     if out is None:
-        out, target = allocate(logits, array.shape, dtype)
+        answer, target = allocate(logits, array.shape, dtype)
     else:
-        target = check_out(out, array.shape, dtype)
+        answer, target = out, check_out(out, array.shape, dtype)
     if not array.size:
-        return out
+        return answer
     result = target
     overlaps = np.may_share_memory(target, array) and not same_memory(target, array)
     if overlaps or (mask is not None and np.may_share_memory(target, mask)):
@@ -342,14 +336,16 @@ def run_full(
     )
     if result is not target:
         target[...] = result
-    return out if out.ndim else out[()]
+    return answer if out is not None or answer.ndim else answer[()]
 
 
 def deliver(like: Any, result: Array, out: Any) -> Any:
     """A computed array as the user wants it: in `out`, or in an array of the library of `like`; a scalar if it is 0-d."""
-    if out is None:
-        out, target = allocate(like, result.shape, result.dtype)
-    else:
-        target = check_out(out, result.shape, result.dtype)
-    target[...] = result
-    return out if out.ndim else out[()]
+    if out is not None:
+        check_out(out, result.shape, result.dtype)[...] = result
+        return out
+    if is_torch_array(like):
+        tensor, target = allocate(like, result.shape, result.dtype)
+        target[...] = result
+        return tensor
+    return result if result.ndim else result[()]

@@ -81,9 +81,7 @@ def logsumexp(logits: Array, where: Array | None, temperature: float, out: Array
     _run(lib.PL_LOGSUMEXP, logits, threads, out=out, where=where, temperature=temperature)
 
 
-def selective_log_softmax(
-    logits: Array, indices: Array, temperature: float, out: Array, threads: int
-) -> int:
+def selective_log_softmax(logits: Array, indices: Array, temperature: float, out: Array, threads: int) -> int:
     return _run(
         lib.PL_SELECTIVE_LOG_SOFTMAX,
         logits,
@@ -99,15 +97,11 @@ def softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, 
     _run(lib.PL_SOFTMAX_CROSS_ENTROPY, logits, threads, out=out, labels=labels)
 
 
-def sparse_softmax_cross_entropy_with_logits(
-    logits: Array, labels: Array, out: Array, threads: int
-) -> int:
+def sparse_softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> int:
     return _run(lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY, logits, threads, out=out, labels=labels)
 
 
-def score(
-    logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int
-) -> int:
+def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
     return _run(
         lib.PL_SCORE,
         logits,
@@ -149,6 +143,4 @@ def available_isas() -> list[str]:
 def use_isa(name: str) -> None:
     """Force an instruction set, for all threads of the process."""
     if lib.pl_use_isa(name.encode()) != 0:
-        raise ValueError(
-            f"instruction set {name!r} is not available; available: {', '.join(available_isas())}"
-        )
+        raise ValueError(f"instruction set {name!r} is not available; available: {', '.join(available_isas())}")

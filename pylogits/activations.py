@@ -8,9 +8,7 @@ from pylogits import _dispatch, _rows
 from pylogits._rows import Axis
 
 
-def softmax(
-    logits: Any, axis: Axis = -1, *, where: Any = None, temperature: float = 1.0, out: Any = None
-) -> Any:
+def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: float = 1.0, out: Any = None) -> Any:
     """Probabilities from logits: exp(x / temperature), divided by its sum over the classes.
 
     Parameters
@@ -60,9 +58,7 @@ def softmax(
     return _rows.run_full("softmax", logits, axis, where, temperature, out)
 
 
-def log_softmax(
-    logits: Any, axis: Axis = -1, *, where: Any = None, temperature: float = 1.0, out: Any = None
-) -> Any:
+def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: float = 1.0, out: Any = None) -> Any:
     """Log-probabilities from logits: x / temperature - logsumexp(x / temperature).
 
     Parameters
@@ -221,9 +217,7 @@ def selective_log_softmax(
     elif picks.ndim == array.ndim and shape[:number] + shape[number + 1 :] == single:
         several = picks
     else:
-        raise ValueError(
-            f"indices must have shape {single}, or that with K at axis {number}, not {shape}"
-        )
+        raise ValueError(f"indices must have shape {single}, or that with K at axis {number}, not {shape}")
     if out is not None:
         _rows.check_out(out, shape, dtype)
     result = np.empty(several.shape, dtype)
@@ -232,9 +226,7 @@ def selective_log_softmax(
             _rows.raise_bad_label(picks, "index", array.shape[number])
         module, threads = _dispatch.select(dtype, array.size)
         good = _rows.run(
-            lambda logits, indices, out: module.selective_log_softmax(
-                logits, indices, temperature, out, threads
-            ),
+            lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
             module.DTYPES,
             (number,),
             _rows.Operands([array, several.astype(np.int64)], outputs=[result]),

@@ -126,9 +126,7 @@ def warn_of_probabilities(path: Path, logits: Array) -> None:
             typer.echo(f"warning: {path}: {warning}", err=True)
 
 
-def score_blocks(
-    path: Path, axis: int, targets: Array | None, top_k: int, temperature: float
-) -> Iterator[pylogits.Scores]:
+def score_blocks(path: Path, axis: int, targets: Array | None, top_k: int, temperature: float) -> Iterator[pylogits.Scores]:
     """Score a file of logits, a chunk of its rows at a time."""
     for block in row_blocks(read_logits(path, axis)):
         # Mapped anew for each chunk, so that the pages already read leave the process.
@@ -293,9 +291,7 @@ def score(
     start = time.perf_counter()
     with (
         replacing(out) as file,
-        Progress(
-            console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-        ) as progress,
+        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
         task = progress.add_task("scoring", total=math.prod(rows))
 

@@ -8,9 +8,7 @@ import numpy.typing as npt
 from pylogits import _dispatch, _rows
 
 
-def softmax_cross_entropy_with_logits(
-    *, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None
-) -> Any:
+def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
     """Cross entropy between label distributions and softmax(logits): -sum(labels * log_softmax(logits)).
 
     Parameters
@@ -57,9 +55,7 @@ def softmax_cross_entropy_with_logits(
     try:
         shape = np.broadcast_shapes(array.shape, weights.shape)
     except ValueError:
-        raise ValueError(
-            f"labels of shape {weights.shape} do not broadcast against logits of shape {array.shape}"
-        ) from None
+        raise ValueError(f"labels of shape {weights.shape} do not broadcast against logits of shape {array.shape}") from None
     number += len(shape)
     _check_classes(shape[number])
     rows = shape[:number] + shape[number + 1 :]
@@ -69,9 +65,7 @@ def softmax_cross_entropy_with_logits(
     if result.size:
         module, threads = _dispatch.select(dtype, result.size * shape[number])
         _rows.run(
-            lambda logits, labels, out: module.softmax_cross_entropy_with_logits(
-                logits, labels, out, threads
-            ),
+            lambda logits, labels, out: module.softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,
             (number,),
             _rows.Operands(
@@ -82,9 +76,7 @@ def softmax_cross_entropy_with_logits(
     return _rows.deliver(logits, result, out)
 
 
-def sparse_softmax_cross_entropy_with_logits(
-    *, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None
-) -> Any:
+def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
     """Cross entropy between class numbers and softmax(logits): -log_softmax(logits)[label].
 
     Parameters
@@ -127,9 +119,7 @@ def sparse_softmax_cross_entropy_with_logits(
     classes = _rows.check_integers(labels, "labels")
     rows = array.shape[:number] + array.shape[number + 1 :]
     if classes.shape != rows:
-        raise ValueError(
-            f"labels must have the shape of logits without axis {number}, {rows}, not {classes.shape}"
-        )
+        raise ValueError(f"labels must have the shape of logits without axis {number}, {rows}, not {classes.shape}")
     _check_classes(array.shape[number])
     if out is not None:
         _rows.check_out(out, rows, _rows.row_dtype(dtype))
@@ -137,9 +127,7 @@ def sparse_softmax_cross_entropy_with_logits(
     if result.size:
         module, threads = _dispatch.select(dtype, array.size)
         good = _rows.run(
-            lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(
-                logits, labels, out, threads
-            ),
+            lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,
             (number,),
             _rows.Operands(
@@ -206,7 +194,7 @@ def one_hot(
     number = _rows.check_single_axis(axis, classes.ndim + 1)
     if ((classes < 0) | (classes >= count)).any():
         _rows.raise_bad_label(classes, "label", count)
-    shape = classes.shape[:number] + (count,) + classes.shape[number:]
+    shape = (*classes.shape[:number], count, *classes.shape[number:])
     out, target = _rows.allocate(labels, shape, np.dtype(dtype))
     target[...] = 0
     if count:

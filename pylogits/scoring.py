@@ -74,9 +74,7 @@ def score(
     if targets is not None:
         labels = _rows.check_integers(targets, "targets")
         if labels.shape != rows:
-            raise ValueError(
-                f"targets must have the shape of logits without axis {number}, {rows}, not {labels.shape}"
-            )
+            raise ValueError(f"targets must have the shape of logits without axis {number}, {rows}, not {labels.shape}")
     floats = _rows.row_dtype(dtype)
     results = [
         np.empty(rows, np.int64),
@@ -146,7 +144,7 @@ def check_logits(logits: Any, axis: SupportsIndex = -1) -> None:
         return
     sums = array.sum(axis=number, dtype=np.promote_types(_rows.row_dtype(dtype), np.float64))
     # softmax in float32 by any peer sums to 1 within 1e-5; in half precision the roundings of the terms dominate
-    tolerance = max(1e-4, 8 * float(ml_dtypes.finfo(dtype).eps))
+    tolerance = max(1e-4, 8 * float(ml_dtypes.finfo(dtype).eps))  # type: ignore[no-untyped-call]
     if bool((abs(sums - 1) <= tolerance).all()):
         warnings.warn(
             "the logits look like probabilities: every row is in [0, 1] and sums to 1. "

@@ -1,4 +1,4 @@
-"""The one registry of cases (operation x dtype x shape x layout) and the oracle that judges results.
+"""The one registry of cases, operation x dtype x shape x layout, and the oracle that judges them.
 
 A case makes its own arguments and knows nothing of backends; tests and benchmarks both run it.
 """
@@ -38,18 +38,19 @@ def lay_out(x, layout):
     """Return x in another memory layout; the values change under "broadcast" only."""
     match layout:
         case "contiguous":
-            return np.ascontiguousarray(x)
+            return np.asarray(x, order="C")
         case "fortran":
-            return np.asfortranarray(x)
+            return np.asarray(x, order="F")
         case "byteswapped":
             return x.astype(x.dtype.newbyteorder())
         case "broadcast":
             return np.broadcast_to(x[:1], x.shape)
         case "sliced":  # between NaN, which a stray read would spread
-            around = np.full([2 * n + 1 for n in x.shape], np.nan, x.dtype)
-            view = around[(slice(1, None, 2),) * x.ndim]
+            around = np.empty([2 * n + 1 for n in x.shape], x.dtype)
+            around[...] = np.nan if x.dtype.kind not in "biu" else 1
+            view = around[(..., *[slice(1, None, 2)] * x.ndim)]
         case "reversed":
-            view = np.empty_like(x)[(slice(None, None, -1),) * x.ndim]
+            view = np.empty_like(x)[(..., *[slice(None, None, -1)] * x.ndim)]
         case "misaligned":
             view = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
     view[...] = x
@@ -81,11 +82,12 @@ class Case:
         dtype = dtype_of(self.dtype)
         logits = (rng.standard_normal(self.shape) * self.spread).astype(dtype)
         logits = lay_out(logits, self.layout)
+        apart = "sliced" if self.layout == "broadcast" else self.layout
         arguments = {"logits": logits, "axis": self.axis}
         if self.op == "selective_log_softmax":
             picks = np.moveaxis(np.empty(self.shape, bool), self.axis, -1)[..., :3]
             indices = rng.integers(self.shape[self.axis], size=picks.shape)
-            arguments["indices"] = np.moveaxis(indices, -1, self.axis)
+            arguments["indices"] = lay_out(np.moveaxis(indices, -1, self.axis), apart)
         elif self.op == "softmax_cross_entropy_with_logits":
             labels = rng.random(self.shape) ** 4
             labels /= labels.sum(self.axis, keepdims=True)
@@ -93,12 +95,13 @@ class Case:
         elif self.op == "sparse_softmax_cross_entropy_with_logits":
             best = logits.argmax(self.axis)
             drawn = rng.integers(self.shape[self.axis], size=best.shape)
-            arguments["labels"] = np.where(rng.random(best.shape) < 0.5, best, drawn)
+            labels = np.where(rng.random(best.shape) < 0.5, best, drawn)
+            arguments["labels"] = lay_out(labels, apart)
         if self.temperature != 1:
             arguments["temperature"] = self.temperature
         if self.masked:
             least = logits.min(self.axis, keepdims=True)  # stays, so that no row is masked whole
-            arguments["where"] = (rng.random(self.shape) < 0.7) | (logits == least)
+            arguments["where"] = lay_out((rng.random(self.shape) < 0.7) | (logits == least), apart)
         return arguments
 
 
@@ -107,9 +110,7 @@ def oracle(op, logits, axis=-1, *, labels=None, indices=None, where=True, temper
 
     The maximum stays out of the sum, so that what is left of a confident row's loss is exact.
     """
-    axes = np.lib.array_utils.normalize_axis_tuple(
-        range(logits.ndim) if axis is None else axis, logits.ndim
-    )
+    axes = np.lib.array_utils.normalize_axis_tuple(range(logits.ndim) if axis is None else axis, logits.ndim)
     order = [d for d in range(logits.ndim) if d not in axes] + list(axes)
     x = np.where(where, logits.astype(np.longdouble), -np.inf).transpose(order)
     rows = x.reshape(*x.shape[: -len(axes)], -1) / logits.dtype.type(temperature)
@@ -149,19 +150,15 @@ def ulp_error(got, expected, scale):
 def pairwise(factors, valid, seed=0):
     """Return a few valid combinations that hold every pair of values that a valid one can hold."""
     rng = random.Random(seed)
-    wanted = {
-        pair
-        for f, g in itertools.combinations(factors, 2)
-        for pair in itertools.product([(f, v) for v in factors[f]], [(g, v) for v in factors[g]])
-    }
+    values = [[(factor, value) for value in factors[factor]] for factor in factors]
+    pairs = [p for f, g in itertools.combinations(values, 2) for p in itertools.product(f, g)]
+    rng.shuffle(pairs)
+    wanted = set(pairs)
     chosen = []
-    for pair in sorted(wanted, key=lambda _: rng.random()):
+    for pair in pairs:
         if pair not in wanted:
             continue
-        drawn = [
-            {**{f: rng.choice(values) for f, values in factors.items()}, **dict(pair)}
-            for _ in range(100)
-        ]
+        drawn = [dict([*map(rng.choice, values), *pair]) for _ in range(100)]
         candidates = [set(itertools.combinations(c.items(), 2)) for c in drawn if valid(**c)]
         if candidates:
             best = max(candidates, key=lambda pairs: len(pairs & wanted))
@@ -195,13 +192,13 @@ def _possible(op, dtype, arrangement, rows, classes, layout, option, out, spread
     )
 
 
+CLASSES = (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 129, 1000, 4095, 4096, 4097, 10007)
 FACTORS = {
     "op": OPS,
     "dtype": DTYPES,
     "arrangement": tuple(ARRANGEMENTS),
     "rows": (1, 2, 7, 8, 9, 16, 17, 33),
-    "classes": (1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65)
-    + (100, 127, 129, 1000, 4095, 4096, 4097, 10007),
+    "classes": CLASSES,
     "layout": LAYOUTS,
     "option": ("plain", "temperature", "where", "temperature where"),
     "out": (None, "contiguous", "sliced", "reversed", "fortran", "misaligned", "in place"),

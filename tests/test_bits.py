@@ -1,4 +1,4 @@
-"""One row, one answer: a row's bits come from the row alone, on the C backend."""
+"""One row, one answer: a row's bits come from the row alone."""
 
 import numpy as np
 import pytest
@@ -67,6 +67,16 @@ def test_instruction_set(op, classes, dtype, simd):
     for isa in simd.available_isas():
         simd.use_isa(isa)
         same_bits(run(op, arguments), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_numba(op, dtype):
+    pytest.importorskip("numba")
+    for classes in CLASSES:
+        arguments = draw(op, 37, classes, dtype)
+        expected = run(op, arguments)
+        with pylogits.use_backend("numba"):
+            same_bits(run(op, arguments), expected)
 
 
 @pytest.mark.parametrize("op", OPS)

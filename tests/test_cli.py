@@ -232,18 +232,14 @@ def test_one_row_without_a_row_axis():
     np.testing.assert_allclose(columns["loss"], [1.199675981209848], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float16", "float32", "float64", ">f4", "int8", "int64", "uint16", "bool"]
-)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4", "int8", "int64", "uint16", "bool"])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_dtypes(dtype, suffix):
     logits = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]]).astype(dtype)
     columns = score(logits, targets=TARGETS, out=f"out.{suffix}")
     # softmax([1, 0, 0]) = [e, 1, 1] / (e + 2)
     np.testing.assert_allclose(columns["confidence"], 0.5761168847658291, rtol=1e-3)
-    np.testing.assert_allclose(
-        columns["loss"], [0.5514447139320511, 1.5514447139320511, 0.5514447139320511], rtol=1e-6
-    )
+    np.testing.assert_allclose(columns["loss"], [0.5514447139320511, 1.5514447139320511, 0.5514447139320511], rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -266,9 +262,7 @@ def test_bfloat16_without_ml_dtypes(monkeypatch):
 def test_no_rows(suffix):
     logits, targets = np.zeros((0, 5), np.float32), np.zeros(0, np.int64)
     columns = score(logits, "--top-k", 2, targets=targets, out=f"out.{suffix}")
-    assert {name: len(values) for name, values in columns.items()} == dict.fromkeys(
-        (*cli.COLUMNS, *cli.TOP_K_COLUMNS), 0
-    )
+    assert {name: len(values) for name, values in columns.items()} == dict.fromkeys((*cli.COLUMNS, *cli.TOP_K_COLUMNS), 0)
 
 
 def test_warns_of_probabilities():
@@ -336,9 +330,7 @@ class TestRefusals:
         line = refused("logits.npy", "--out", "out.npz")
         assert line == "logits.npy: no classes along axis -1 of logits of shape (3, 0)"
 
-    @pytest.mark.parametrize(
-        ("option", "value"), [("top_k", 0), ("top_k", 4), ("temperature", 0), ("temperature", -1)]
-    )
+    @pytest.mark.parametrize(("option", "value"), [("top_k", 0), ("top_k", 4), ("temperature", 0), ("temperature", -1)])
     def test_options(self, option, value):
         flag = "--" + option.replace("_", "-")
         line = refused("logits.npy", flag, value, "--out", "out.npz")

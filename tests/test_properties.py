@@ -66,9 +66,7 @@ def test_shift_invariance(x, shift):
         rtol=tolerance(x),
         atol=1e-37,
     )
-    np.testing.assert_allclose(
-        pylogits.log_softmax(x + x.dtype.type(shift)), pylogits.log_softmax(x), rtol=tolerance(x)
-    )
+    np.testing.assert_allclose(pylogits.log_softmax(x + x.dtype.type(shift)), pylogits.log_softmax(x), rtol=tolerance(x))
 
 
 @laws
@@ -77,15 +75,9 @@ def test_permutation_of_classes(x, random):
     order = list(range(x.shape[-1]))
     random.shuffle(order)
     y = x[..., order]
-    np.testing.assert_allclose(
-        pylogits.softmax(y), pylogits.softmax(x)[..., order], rtol=tolerance(x), atol=1e-37
-    )
-    np.testing.assert_allclose(
-        pylogits.log_softmax(y), pylogits.log_softmax(x)[..., order], rtol=tolerance(x)
-    )
-    np.testing.assert_allclose(
-        pylogits.logsumexp(y), pylogits.logsumexp(x), rtol=tolerance(x), atol=4 * tolerance(x)
-    )
+    np.testing.assert_allclose(pylogits.softmax(y), pylogits.softmax(x)[..., order], rtol=tolerance(x), atol=1e-37)
+    np.testing.assert_allclose(pylogits.log_softmax(y), pylogits.log_softmax(x)[..., order], rtol=tolerance(x))
+    np.testing.assert_allclose(pylogits.logsumexp(y), pylogits.logsumexp(x), rtol=tolerance(x), atol=4 * tolerance(x))
 
 
 @laws
@@ -176,12 +168,8 @@ def test_axes_are_the_same_rows(x, data):
     axis = data.draw(st.integers(-x.ndim, x.ndim - 1))
     rows = np.moveaxis(x, axis, -1)
     for function in (pylogits.softmax, pylogits.log_softmax):
-        np.testing.assert_allclose(
-            np.moveaxis(function(x, axis), axis, -1), function(rows), tolerance(x), 1e-37
-        )
-    np.testing.assert_allclose(
-        pylogits.logsumexp(x, axis), pylogits.logsumexp(rows), tolerance(x), 4 * tolerance(x)
-    )
+        np.testing.assert_allclose(np.moveaxis(function(x, axis), axis, -1), function(rows), tolerance(x), 1e-37)
+    np.testing.assert_allclose(pylogits.logsumexp(x, axis), pylogits.logsumexp(rows), tolerance(x), 4 * tolerance(x))
     whole = pylogits.softmax(x, axis=tuple(range(x.ndim)))
     np.testing.assert_array_equal(whole, pylogits.softmax(x, axis=None))
     np.testing.assert_array_equal(whole, pylogits.softmax(x.ravel()).reshape(x.shape))
@@ -193,6 +181,4 @@ def test_where_leaves_out(x, data):
     where = data.draw(hnp.arrays(bool, x.shape[-1:]).filter(np.any))
     p = pylogits.softmax(x, where=where)
     assert (p[..., ~where] == 0).all()
-    np.testing.assert_allclose(
-        p[..., where], pylogits.softmax(x[..., where]), rtol=tolerance(x), atol=1e-37
-    )
+    np.testing.assert_allclose(p[..., where], pylogits.softmax(x[..., where]), rtol=tolerance(x), atol=1e-37)

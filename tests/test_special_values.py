@@ -20,9 +20,7 @@ def dense(labels, logits):
 
 
 def sparse(labels, logits):
-    return pylogits.sparse_softmax_cross_entropy_with_logits(
-        labels=np.asarray(labels), logits=logits
-    )
+    return pylogits.sparse_softmax_cross_entropy_with_logits(labels=np.asarray(labels), logits=logits)
 
 
 def same(got, expected):
@@ -60,9 +58,7 @@ def all_rows(logits):
 
 
 def test_nan_in_a_row_is_nan_in_that_row_alone(backend, dtype, classes):
-    logits = rows(
-        classes, dtype, [0, 0, nan], [0, 0, 0], [nan, 0, 0], [0, nan, -inf], [0, nan, inf]
-    )
+    logits = rows(classes, dtype, [0, 0, nan], [0, 0, 0], [nan, 0, 0], [0, nan, -inf], [0, nan, inf])
     for results in all_rows(logits).values():
         assert np.isnan(results).tolist() == [True, False, True, True, True]
     for function in FUNCTIONS:
@@ -71,9 +67,7 @@ def test_nan_in_a_row_is_nan_in_that_row_alone(backend, dtype, classes):
 
 
 def test_plus_infinity_is_nan_but_for_logsumexp(backend, dtype, classes):
-    logits = rows(
-        classes, dtype, [inf, 0, 0], [0, 0, 0], [0, 0, inf], [inf, inf, 0], [-inf, inf, 0]
-    )
+    logits = rows(classes, dtype, [inf, 0, 0], [0, 0, 0], [0, 0, inf], [inf, inf, 0], [-inf, inf, 0])
     results = all_rows(logits)
     same(results.pop("logsumexp"), [inf, np.log(classes), inf, inf, inf])
     for values in results.values():

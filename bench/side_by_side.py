@@ -1,0 +1,80 @@
+"""Backends and peers by turns, in one run: only so do their times compare.
+
+Run as ``python bench/side_by_side.py``.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from time import sleep
+from timeit import repeat
+
+from peers import BACKENDS, PEERS, active, prepare
+from timed import TIMED, check, label
+
+import pylogits
+
+SHAPES = ((4096, 1000), (256, 128256), (1, 10))
+ROUNDS = 15
+REPEATS = 3  # in a round
+SAMPLE_SECONDS = 0.002  # calls that are shorter are timed by the batch
+REST_SECONDS = 0.01  # for threads that still spin after another's call
+
+
+def turn(call, number):
+    """Return seconds a call, several times; the first call after another's is not counted."""
+    sleep(REST_SECONDS)
+    call()
+    return [seconds / number for seconds in repeat(call, number=number, repeat=REPEATS)]
+
+
+def medians(case):
+    """Return the median seconds of a case by name, of those who can run it."""
+    calls, numbers = {}, {}
+    for name in (*BACKENDS, *PEERS):
+        try:
+            calls[name] = prepare(name, case)
+        except ImportError:
+            continue
+        with active(name):
+            check(case, calls[name]())
+            numbers[name] = max(1, round(SAMPLE_SECONDS / min(turn(calls[name], 1))))
+    times = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            with active(name):
+                times[name] += turn(call, numbers[name])
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def cell(seconds, of):
+    """Return milliseconds, and the ratio to those of `of`."""
+    return f"{seconds * 1e3:.3g}" + (f" ({seconds / of:.2f})" if of else "")
+
+
+def versions():
+    """Return the peers found, with their versions."""
+    for name in PEERS:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} missing"
+
+
+def main():
+    """Print a table in Markdown: median milliseconds and, in brackets, the ratio to torch."""
+    names = (*BACKENDS, *PEERS)
+    rows = []
+    for case in TIMED:
+        if case.dtype == "float32" and case.shape in SHAPES:
+            times = medians(case)
+            of = times.get("torch")
+            cells = [cell(times[name], of) if name in times else "missing" for name in names]
+            rows.append([label(case), *cells])
+    pylogits.show_config()
+    print(f"{'peers':15} {', '.join(versions())}\n")
+    for row in (["median ms (of torch's)", *names], ["---"] * (1 + len(names)), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Choosing a backend, an instruction set and threads: switches, environment, forks."""
+
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from cases import OPS, Case
+
+import pylogits
+
+NAMES = ("c", "numba", "reference")
+
+
+def current():
+    return pylogits.show_config()["backend"]
+
+
+def configured(python, **environment):
+    """Return the configuration that a fresh interpreter finds in this environment."""
+    code = "import json, pylogits; c = pylogits.show_config(); print(json.dumps(c))"
+    done = python(code, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refusal(python, **environment):
+    """Return the last line of the error with which the import fails."""
+    done = python("import pylogits", **environment)
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+# use_backend.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_use_backend_and_restore(name):
+    if name not in pylogits.show_config()["backends"]:
+        pytest.skip(f"{name} is not available")
+    before = current()
+    with pylogits.use_backend(name):
+        assert current() == name
+        np.testing.assert_allclose(pylogits.softmax([0.0, 0.0]), [0.5, 0.5])
+    assert current() == before
+
+
+def test_use_backend_nests_and_restores_after_an_error():
+    before = current()
+    with pylogits.use_backend("numba"):
+        with pylogits.use_backend("reference"):
+            assert current() == "reference"
+        assert current() == "numba"
+        with pytest.raises(KeyError), pylogits.use_backend("reference"):
+            raise KeyError
+        assert current() == "numba"
+    assert current() == before
+
+
+@pytest.mark.parametrize("name", ["cuda9", "", "C", None, 3])
+def test_unknown_backend(name):
+    before = current()
+    with pytest.raises(ValueError, match=r"c, numba, reference"), pylogits.use_backend(name):
+        pytest.fail("the block must not run")
+    assert current() == before
+
+
+def test_backends_of_threads_are_their_own():
+    seen = {}
+    inside, checked = threading.Event(), threading.Event()
+
+    def other():
+        with pylogits.use_backend("numba"):
+            inside.set()
+            checked.wait(10)
+            seen["other"] = current()
+
+    thread = threading.Thread(target=other)
+    with pylogits.use_backend("reference"):
+        thread.start()
+        inside.wait(10)
+        seen["main"] = current()
+        checked.set()
+        thread.join()
+    assert seen == {"main": "reference", "other": "numba"}
+
+
+def test_many_threads_at_once(backend):
+    """Calls from Python threads do not disturb one another."""
+    case = Case("softmax", "float32", (300, 1000))
+    arguments = case.arguments()
+    expected = pylogits.softmax(**arguments)
+    results = [None] * 8
+
+    def work(i):
+        with pylogits.use_backend(backend):
+            for _ in range(5):
+                results[i] = pylogits.softmax(**arguments)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+
+
+# Instruction sets.
+
+
+def test_use_isa(simd):
+    for isa in pylogits.show_config()["available_isas"]:
+        assert simd.use_isa(isa) is None
+        assert pylogits.show_config()["isa"] == isa
+    with pytest.raises(ValueError, match=r"sse9.*scalar"):
+        simd.use_isa("sse9")
+    assert pylogits.show_config()["isa"] == isa
+
+
+def test_scalar_is_always_there(simd):
+    isas = pylogits.show_config()["available_isas"]
+    assert "scalar" in isas
+    assert set(isas) <= {"scalar", "avx2", "avx512", "neon"}
+
+
+# show_config.
+
+
+def test_show_config(capsys):
+    config = pylogits.show_config()
+    printed = capsys.readouterr().out
+    assert {"isa", "available_isas", "backends", "num_threads"} <= set(config)
+    for key in config:
+        assert key in printed
+    assert "reference" in config["backends"]
+    assert set(config["backends"]) <= set(NAMES)
+    assert config["num_threads"] == pylogits.get_num_threads()
+    if "c" in config["backends"]:
+        assert config["isa"] in config["available_isas"]
+        assert config["isa"] in printed
+
+
+# Threads.
+
+
+@pytest.fixture
+def threads():
+    before = pylogits.get_num_threads()
+    yield
+    pylogits.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, np.int64(5)])
+def test_set_num_threads(threads, n):
+    assert pylogits.set_num_threads(n) is None
+    assert pylogits.get_num_threads() == n
+    assert pylogits.show_config()["num_threads"] == n
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_set_num_threads_value(n):
+    before = pylogits.get_num_threads()
+    with pytest.raises(ValueError, match=f"{n}"):
+        pylogits.set_num_threads(n)
+    assert pylogits.get_num_threads() == before
+
+
+def test_more_threads_than_can_be(threads, backend):
+    """Refused, or as good as fewer."""
+    for n in (1000, 2**31, 2**40):
+        try:
+            pylogits.set_num_threads(n)
+        except ValueError as error:
+            assert str(n) in str(error)
+        assert pylogits.softmax(np.zeros((1000, 1000), np.float32))[-1, -1] == np.float32(1e-3)
+
+
+@pytest.mark.parametrize("n", [1.0, "2", None])
+def test_set_num_threads_type(n):
+    with pytest.raises(TypeError):
+        pylogits.set_num_threads(n)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_results_do_not_depend_on_threads(threads, op, backend):
+    for shape in ((1, 300_001), (301, 1000), (40_000, 10)):
+        arguments = Case(op, "float32", shape).arguments()
+        pylogits.set_num_threads(1)
+        expected = getattr(pylogits, op)(**arguments)
+        for n in (2, 3):
+            pylogits.set_num_threads(n)
+            result = getattr(pylogits, op)(**arguments)
+            assert np.asarray(result).tobytes() == np.asarray(expected).tobytes()
+
+
+# The environment.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_backend(python, name):
+    assert configured(python, PYLOGITS_BACKEND=name)["backend"] == name
+
+
+def test_environment_isa(python, simd):
+    for isa in pylogits.show_config()["available_isas"]:
+        assert configured(python, PYLOGITS_ISA=isa)["isa"] == isa
+
+
+def test_environment_num_threads(python):
+    for n in (1, 3):
+        assert configured(python, PYLOGITS_NUM_THREADS=str(n))["num_threads"] == n
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PYLOGITS_BACKEND", "fortran"),
+        ("PYLOGITS_ISA", "sse9"),
+        ("PYLOGITS_NUM_THREADS", "0"),
+        ("PYLOGITS_NUM_THREADS", "-2"),
+        ("PYLOGITS_NUM_THREADS", "many"),
+        ("PYLOGITS_NUM_THREADS", "1.5"),
+    ],
+)
+def test_environment_mistakes(python, variable, value):
+    line = refusal(python, **{variable: value})
+    assert line.startswith("ValueError")
+    assert variable in line
+    assert value in line
+
+
+def test_environment_names_what_there_is(python):
+    assert "c, numba, reference" in refusal(python, PYLOGITS_BACKEND="fortran")
+    if "c" in pylogits.show_config()["backends"]:
+        assert "scalar" in refusal(python, PYLOGITS_ISA="sse9")
+
+
+# Forks.
+
+
+FORK = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork among threads is the point
+import numpy as np, pylogits
+
+logits = np.random.default_rng(0).standard_normal((600, 1000)).astype(np.float32)
+pylogits.set_num_threads(2)
+expected = pylogits.softmax(logits)
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        same = np.array_equal(pylogits.softmax(logits), expected)
+        os._exit(0 if same else 1)
+    children.append(child)
+statuses = [os.waitpid(child, 0)[1] for child in children]
+assert statuses == [0, 0, 0], statuses
+assert np.array_equal(pylogits.softmax(logits), expected)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", NAMES)
+def test_forked_children_work(python, name):
+    if name not in pylogits.show_config()["backends"]:
+        pytest.skip(f"{name} is not available")
+    done = python(FORK, PYLOGITS_BACKEND=name)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr

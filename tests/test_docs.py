@@ -1,0 +1,62 @@
+"""The code of README.md, docs/ and the docstrings, run as a reader would run it."""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pylogits
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [code for name, code in FENCE.findall(page.read_text()) if name == language]
+
+
+def failures(test):
+    report = []
+    doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    return "".join(report)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks(page):
+    code = blocks(page, "python")
+    assert all(">>>" in block for block in code), "a block without >>> would not be run"
+    test = doctest.DocTestParser().get_doctest("\n".join(code), {}, page.name, str(page), 0)
+    assert failures(test) == ""
+
+
+@pytest.mark.parametrize("name", pylogits.__all__)
+def test_docstring(name):
+    for test in doctest.DocTestFinder().find(getattr(pylogits, name), name, globs={}):
+        assert failures(test) == ""
+
+
+def test_commands(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    commands = [
+        shlex.split(line)
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.startswith("pylogits ")
+    ]
+    assert commands
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+    assert all((page.parent / target).exists() for target in targets)

@@ -1,0 +1,241 @@
+"""What is particular to the Numba backend: C's bits, its twins, its cache, threads and forks."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from numba import float32, njit
+from pylogits.kernels import cpu
+
+SHAPES = [
+    (1, 1, 1),
+    (33, 10, 1),
+    (5, 33, 1),
+    (3, 1000, 1),
+    (2, 9001, 1),
+    (2, 100, 37),
+    (1, 1100, 9),
+]
+
+
+def draw(shape, dtype, kind):
+    rng = np.random.default_rng(shape[1])
+    logits = (rng.standard_normal(shape) * 8).astype(dtype)
+    if kind == "special":
+        for value in (np.nan, np.inf, -np.inf, -0.0):
+            logits[rng.random(shape) < 0.3 / shape[1]] = value
+        logits[0] = -np.inf
+    if kind == "ties":
+        logits = np.round(logits)
+    if kind == "strided":
+        logits = np.asfortranarray(logits)[:, ::-1]
+    return logits
+
+
+def new_scores(shape, dtype, top_k):
+    rows = shape[0], shape[2]
+    return SimpleNamespace(
+        prediction=np.empty(rows, np.int64),
+        confidence=np.empty(rows, dtype),
+        entropy=np.empty(rows, dtype),
+        logsumexp=np.empty(rows, dtype),
+        top_k_indices=np.empty((*rows, top_k), np.int64),
+        top_k_probabilities=np.empty((*rows, top_k), dtype),
+        loss=np.empty(rows, dtype),
+        correct=np.empty(rows, np.bool_),
+    )
+
+
+def everything(backend, logits, threads):
+    """Return all that a backend makes of these logits, by name."""
+    rng = np.random.default_rng(0)
+    shape, dtype = logits.shape, logits.dtype
+    rows = shape[0], shape[2]
+    where = rng.random(shape) < 0.7
+    indices = rng.integers(shape[1], size=(shape[0], 3, shape[2]))
+    labels = rng.integers(shape[1], size=rows)
+    soft = rng.random(shape).astype(dtype) * (rng.random(shape) < 0.5)
+    results = {}
+    for temperature in (1.0, 0.7):
+        for mask in (None, where):
+            for name in ("softmax", "log_softmax", "logsumexp"):
+                out = np.empty(rows if name == "logsumexp" else shape, dtype)
+                getattr(backend, name)(logits, mask, temperature, out, threads)
+                results[name, temperature, mask is None] = out
+        out = np.empty(indices.shape, dtype)
+        assert backend.selective_log_softmax(logits, indices, temperature, out, threads) == -1
+        results["selective", temperature] = out
+        scores = new_scores(shape, dtype, min(3, shape[1]))
+        assert backend.score(logits, labels, temperature, scores, threads) == -1
+        results |= {(name, temperature): array for name, array in vars(scores).items()}
+    results["dense"] = np.empty(rows, dtype)
+    backend.softmax_cross_entropy_with_logits(logits, soft, results["dense"], threads)
+    out = results["sparse"] = np.empty(rows, dtype)
+    assert backend.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads) == -1
+    return results
+
+
+def same_bits(got, expected):
+    for name, array in expected.items():
+        if array.dtype.kind != "f":
+            np.testing.assert_array_equal(got[name], array, err_msg=str(name))
+            continue
+        bits = f"u{array.itemsize}"
+        equal = (got[name].view(bits) == array.view(bits)) | (np.isnan(got[name]) & np.isnan(array))
+        assert equal.all(), name
+
+
+@pytest.mark.parametrize("kind", ["normal", "special", "ties", "strided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_of_c(shape, kind, dtype):
+    simd = pytest.importorskip("pylogits._simd")
+    logits = draw(shape, dtype, kind)
+    expected = everything(simd, logits, threads=1)
+    same_bits(everything(cpu, logits, threads=1), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_twins(shape, dtype):
+    logits = draw(shape, dtype, "special")
+    same_bits(everything(cpu, logits, threads=2), everything(cpu, logits, threads=1))
+
+
+def test_in_place_and_read_only(dtype):
+    logits = draw((4, 50, 1), dtype, "normal")
+    expected = np.empty_like(logits)
+    logits.flags.writeable = False
+    cpu.softmax(logits, None, 1.0, expected, 1)
+    out = logits.copy()
+    cpu.softmax(out, None, 1.0, out, 1)
+    assert out.tobytes() == expected.tobytes()
+
+
+def test_first_bad_label(dtype):
+    logits = draw((4, 5, 3), dtype, "normal")
+    labels = np.zeros((4, 3), np.int64)
+    labels[1, 2], labels[3, 0] = 5, -1
+    out = np.full((4, 3), 7, dtype)
+    assert cpu.sparse_softmax_cross_entropy_with_logits(logits, labels, out, 2) == 5
+    assert (out == 7).all()
+
+
+def test_constants_of_c():
+    source = (Path(__file__).parents[1] / "c" / "kernel.c").read_text()
+    literals = re.findall(r"0x[0-9a-f.]+p[+-]\d+", source)
+    in_c = {abs(float.fromhex(text)) for text in literals} | {0.5}
+    for constants in (cpu._F32, cpu._F64):
+        numbers = (constants.log2_e, constants.ln2_hi, constants.ln2_lo, *constants.exp_tail)
+        assert {abs(float(number)) for number in numbers} <= in_c
+
+
+def test_vectorised():
+    kernel = njit(**cpu.OPTIONS)(cpu.logsumexp_pieces)
+    kernel.compile(cpu._signature(cpu.logsumexp_pieces, float32))
+    (assembly,) = kernel.inspect_asm().values()
+    if "xmm" not in assembly:
+        pytest.skip("not an x86-64 machine")
+    if "vfmadd" not in assembly:
+        pytest.skip("this machine has no AVX2")
+    assert re.search(r"vfmadd\w+ps\s.*%[yz]mm", assembly)
+
+
+LOGSUMEXP = """
+import sys
+import numpy as np
+from pylogits.kernels import cpu
+logits = np.arange(80, dtype=sys.argv[1] if sys.argv[1:] else "f4").reshape(8, 10, 1) % 7
+def run(threads):
+    out = np.empty((8, 1), logits.dtype)
+    cpu.logsumexp(logits, None, 1.0, out, threads)
+    return out
+expected = np.log(np.exp(logits).sum(1))
+def check(threads=1):
+    np.testing.assert_allclose(run(threads), expected, rtol=1e-5)
+"""
+
+
+def files(directory):
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*.nbc")}
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "flipped", "garbage", "directory"])
+def test_cache(damage, python, tmp_path):
+    def run():
+        done = python(LOGSUMEXP + "check()", NUMBA_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+
+    run()
+    before = files(tmp_path)
+    assert len(before) == 1
+    (path,) = before
+    data = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        path.write_bytes(bytes([*data[: len(data) // 2], data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    elif damage == "garbage":
+        path.write_bytes(b"garbage")
+    elif damage == "directory":
+        path.unlink()
+        path.mkdir()
+    run()
+    if damage == "none":
+        assert files(tmp_path) == before
+    elif damage != "directory":
+        assert path.stat().st_size == len(data)
+
+
+def test_cache_that_cannot_be_written(python, tmp_path):
+    code = """
+import errno
+def fail(*arguments):
+    raise OSError(errno.ENOSPC, "no space left on device")
+cpu._CacheFile.save = fail
+check()
+"""
+    done = python(LOGSUMEXP + code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not files(tmp_path)
+
+
+def test_no_cache_directory(python):
+    code = """
+import numba.core.caching
+numba.core.caching.CacheImpl._locator_classes = []
+check()
+"""
+    done = python(LOGSUMEXP + code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_threads_and_fork(layer, python):
+    code = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+check(2)
+assert numba.threading_layer() == LAYER
+with ThreadPoolExecutor(8) as pool:
+    for result in [pool.submit(check, 2) for _ in range(400)]:
+        result.result()
+child = os.fork()
+if child == 0:
+    check(2)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+check(2)
+"""
+    done = python(
+        f"LAYER = {layer!r}\nimport numba\n" + LOGSUMEXP + code,
+        NUMBA_THREADING_LAYER=layer,
+        NUMBA_NUM_THREADS="2",
+    )
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip(f"this Numba has no {layer} layer")
+    assert done.returncode == 0, done.stderr
