@@ -84,6 +84,8 @@ def _onnxruntime(logits, labels, out):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = pylogits.get_num_threads()
+    # Else its threads spin on, on the cores of whoever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     if out is None:
         return lambda: session.run(None, feed)[0]

@@ -5,7 +5,7 @@ Run as ``python bench/side_by_side.py``.
 
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
-from time import sleep
+from time import perf_counter
 from timeit import repeat
 
 from peers import BACKENDS, PEERS, active, prepare
@@ -17,13 +17,14 @@ SHAPES = ((4096, 1000), (256, 128256), (1, 10))
 ROUNDS = 15
 REPEATS = 3  # in a round
 SAMPLE_SECONDS = 0.002  # calls that are shorter are timed by the batch
-REST_SECONDS = 0.01  # for threads that still spin after another's call
+SETTLE_SECONDS = 0.02  # of untimed calls first: threads of the one before may still spin
 
 
 def turn(call, number):
-    """Return seconds a call, several times; the first call after another's is not counted."""
-    sleep(REST_SECONDS)
-    call()
+    """Return seconds a call, several times, once the caches and cores are its own."""
+    settled = perf_counter() + SETTLE_SECONDS
+    while perf_counter() < settled:
+        call()
     return [seconds / number for seconds in repeat(call, number=number, repeat=REPEATS)]
 
 

@@ -424,39 +424,50 @@ static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_
   }
 }
 
-/* Room that only some calls need, from the heap: the blocks of a long row, the k largest of a scored one. */
-struct FN(room) {
-  struct FN(row) * blocks;
-  REAL *top_x;
+/* A row under way: reduced, and not yet written. x and e hold its block, if it has one only. */
+struct FN(slot) {
+  struct FN(row) row;
+  REAL *x, *e;
+  struct FN(row) * blocks; /* one for each block */
+  REAL *top_x;             /* PL_SCORE: its largest logits, and their classes */
   int64_t *top_index;
 };
 
-static int64_t FN(run_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
-                           struct FN(scratch) * scratch, const struct FN(room) * room)
+static void FN(reduce_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t, struct FN(slot) * slot)
+{
+  const int64_t count = (task->classes + BLOCK - 1) / BLOCK;
+  const char *logits = (const char *)task->logits.data + FN(offset)(task, &task->logits, r);
+  const char *where = task->where.data ? (const char *)task->where.data + FN(offset)(task, &task->where, r) : NULL;
+  const bool scoring = task->operation == PL_SCORE;
+  int64_t kept = 0;
+  for (int64_t b = 0; b < count; b++) {
+    const int64_t n = task->classes - b * BLOCK < BLOCK ? task->classes - b * BLOCK : BLOCK;
+    const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->x);
+    FN(stage)(task, logits, where, b * BLOCK, n, slot->x);
+    slot->blocks[b] = FN(reduce_block)(slot->x, slot->e, n, t, next, scoring);
+    if (scoring) FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &kept);
+  }
+  slot->row = count == 1 ? slot->blocks[0] : FN(join_blocks)(slot->blocks, count, t);
+}
+
+static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(temperature) t, const struct FN(slot) * slot)
 {
   const int64_t classes = task->classes;
   const int64_t count = (classes + BLOCK - 1) / BLOCK;
   const char *logits = (const char *)task->logits.data + FN(offset)(task, &task->logits, r);
   const char *where = task->where.data ? (const char *)task->where.data + FN(offset)(task, &task->where, r) : NULL;
   char *out = task->out.data ? (char *)task->out.data + FN(offset)(task, &task->out, r) : NULL;
-  REAL *x = scratch->x, *e = scratch->e;
-  const bool scoring = task->operation == PL_SCORE;
-  int64_t kept = 0, bad = -1;
-
-  for (int64_t b = 0; b < count; b++) {
-    const int64_t n = classes - b * BLOCK < BLOCK ? classes - b * BLOCK : BLOCK;
-    FN(stage)(task, logits, where, b * BLOCK, n, x);
-    room->blocks[b] = FN(reduce_block)(x, e, n, t, FN(next_block)(task, r, (b + 1) * BLOCK, end, x), scoring);
-    if (scoring) FN(keep_largest)(x, n, b * BLOCK, room->top_x, room->top_index, task->picks, &kept);
-  }
-  const struct FN(row) row = count == 1 ? room->blocks[0] : FN(join_blocks)(room->blocks, count, t);
+  REAL *x = slot->x, *e = slot->e;
+  const struct FN(row) row = slot->row;
   const struct FN(finish) f = FN(finish_row)(row.max, row.sum, row.sum_lo);
+  const bool scoring = task->operation == PL_SCORE;
+  int64_t bad = -1;
 
   if (task->operation == PL_LOGSUMEXP) {
     FN(store)(out, FN(log_sum)(row.max, row.sum, f, t), task->out_dtype);
     return -1;
   }
-  if (scoring) FN(score_row)(task, r, &row, f, t, room->top_x, room->top_index);
+  if (scoring) FN(score_row)(task, r, &row, f, t, slot->top_x, slot->top_index);
 
   if (task->labels.data && task->operation != PL_SOFTMAX_CROSS_ENTROPY) {
     for (int64_t k = 0; k < (scoring ? 1 : task->picks); k++) {
