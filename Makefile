@@ -26,7 +26,7 @@ run: $(VENV)/installed  ## score the digits logits in examples/ and show the wor
 
 .PHONY: test
 test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 .PHONY: lint
 lint: $(VENV)/installed  ## ruff, mypy --strict, clang-format
@@ -43,7 +43,7 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 
 .PHONY: bench
 bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
-	$(BIN)/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
+	$(BIN)/pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
 
 .PHONY: peers
 peers: $(VENV)/installed  ## install torch, SciPy and onnxruntime for the benchmarks
