@@ -9,6 +9,9 @@ import pytest
 
 import pylogits
 
+# Subprocesses, too, import the installed package and not the source folder that they are started in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 BACKENDS = ("c-scalar", "c-avx2", "c-avx512", "c-neon", "numba", "reference")
 
 
