@@ -34,8 +34,7 @@ TABLE = (
 )
 MAX_THREADS = 1024
 NAMES = tuple(backend.name for backend in TABLE)
-# No other backend has more than 64 bits.
-ONLY_REFERENCE = frozenset({np.dtype(np.longdouble)} - {np.dtype(np.float64)})
+LONGDOUBLE = np.dtype(np.longdouble).char  # no other backend than the reference has it
 
 _forced: ContextVar[str | None] = ContextVar("pylogits_backend", default=None)
 _num_threads: int | None = None
@@ -48,7 +47,7 @@ def is_available(backend: Backend) -> bool:
 
 def select(dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
     """The backend module and the number of threads for logits of this dtype and size."""
-    name = "reference" if dtype in ONLY_REFERENCE else _forced.get() or _default
+    name = "reference" if dtype.char == LONGDOUBLE else _forced.get() or _default
     backend, module = _load(name)
     return module, 1 if elements < backend.serial_below else get_num_threads()
 

@@ -27,7 +27,6 @@ Kernel = Callable[..., int | None]
 PIECE_BYTES = 1 << 20
 
 _HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
-_COMMON = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _FLOATS = _HALVES | {np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)}
 
 
@@ -286,15 +285,18 @@ def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
 
 def run_contiguous(operation: str, logits: Any) -> Array | None:
     """The common case of an output as large as the logits, straight into C; None where it isn't the common case."""
-    if type(logits) is not np.ndarray or logits.dtype not in _COMMON or logits.ndim == 0:
+    if type(logits) is not np.ndarray or logits.ndim == 0:
+        return None
+    dtype = logits.dtype
+    if dtype.char not in "fd" or not dtype.isnative:  # a look-up by dtype would take a tenth of the call
         return None
     flags = logits.flags
     if not (flags.c_contiguous and flags.aligned and logits.size):
         return None
-    module, threads = _dispatch.select(logits.dtype, logits.size)
+    module, threads = _dispatch.select(dtype, logits.size)
     if not hasattr(module, "run_contiguous"):
         return None
-    out = np.empty(logits.shape, logits.dtype)
+    out = np.empty(logits.shape, dtype)
     module.run_contiguous(operation, logits, out, threads)
     return out
 
