@@ -15,8 +15,8 @@
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
 
-/* A line is 64 bytes, one AVX-512 register; a group is 4 lines; a block is 16 KiB, so that the scratch of a thread (two
- * blocks) stays in the first-level cache. The reduction tree in rows.inc.h is defined in these units. */
+/* A line is 64 bytes, one AVX-512 register; a group is 4 lines; a block is 16 KiB, so that a row under
+ * way (two blocks) stays in the first-level cache. The reduction tree in rows.inc.h is defined in these units. */
 #define LINES_PER_GROUP 4
 #define BLOCK_BYTES 16384
 #define TILE 1024 /* classes in a tile at most: its two buffers are then 64 KiB each */

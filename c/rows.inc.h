@@ -48,6 +48,24 @@ static inline int64_t FN(offset)(const struct pl_task *task, const struct pl_vie
   return (r / task->inner) * view->outer + (r % task->inner) * view->inner;
 }
 
+/* Row number r of an array that may be missing. */
+static inline char *FN(row_at)(const struct pl_task *task, const struct pl_view *view, int64_t r)
+{
+  return view->data ? (char *)view->data + FN(offset)(task, view, r) : NULL;
+}
+
+static inline int64_t FN(block_count)(const struct pl_task *task)
+{
+  return (task->classes + BLOCK - 1) / BLOCK;
+}
+
+/* The elements of block b: BLOCK, or what is left. */
+static inline int64_t FN(block_length)(const struct pl_task *task, int64_t b)
+{
+  const int64_t left = task->classes - b * BLOCK;
+  return left < BLOCK ? left : BLOCK;
+}
+
 /* ---- loading and storing one element of any type ---- */
 
 static inline REAL FN(load)(const void *p, int dtype)
@@ -126,7 +144,7 @@ static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t
     r++;
   }
   if (r >= end || logits->classes != pl_itemsize(task->dtype)) return anywhere;
-  return (const REAL *)(const void *)((const char *)logits->data + FN(offset)(task, logits, r) + first * logits->classes);
+  return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
 }
 
 /* Elements [first, first + n) of a row into x, padded to whole groups with -inf, which counts for nothing. */
@@ -164,7 +182,7 @@ static inline REAL FN(term)(REAL x, REAL max, struct FN(temperature) t, bool pla
 static void FN(exp_many)(const REAL *restrict x, REAL *restrict e, int64_t n, REAL max, struct FN(temperature) t,
                          const REAL *next)
 {
-  if (t.inverse == 1 && t.inverse_lo == 0) { /* a third less work */
+  if (t.inverse == 1 && t.inverse_lo == 0) { /* at temperature 1 the products drop out */
     for (int64_t c = 0; c < n; c += LANES) {
       __builtin_prefetch(next + c);
       for (int l = 0; l < LANES; l++) e[c + l] = FN(term)(x[c + l], max, t, true);
@@ -362,7 +380,7 @@ static inline void FN(weigh)(REAL *x, REAL *q, REAL max)
 static inline int64_t FN(label)(const struct pl_task *task, int64_t r, int64_t k)
 {
   int64_t label;
-  memcpy(&label, (const char *)task->labels.data + FN(offset)(task, &task->labels, r) + k * task->labels.classes, sizeof label);
+  memcpy(&label, FN(row_at)(task, &task->labels, r) + k * task->labels.classes, sizeof label);
   return label;
 }
 
@@ -435,13 +453,13 @@ struct FN(slot) {
 
 static void FN(reduce_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t, struct FN(slot) * slot)
 {
-  const int64_t count = (task->classes + BLOCK - 1) / BLOCK;
-  const char *logits = (const char *)task->logits.data + FN(offset)(task, &task->logits, r);
-  const char *where = task->where.data ? (const char *)task->where.data + FN(offset)(task, &task->where, r) : NULL;
+  const int64_t count = FN(block_count)(task);
+  const char *logits = FN(row_at)(task, &task->logits, r);
+  const char *where = FN(row_at)(task, &task->where, r);
   const bool scoring = task->operation == PL_SCORE;
   int64_t kept = 0;
   for (int64_t b = 0; b < count; b++) {
-    const int64_t n = task->classes - b * BLOCK < BLOCK ? task->classes - b * BLOCK : BLOCK;
+    const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->x);
     FN(stage)(task, logits, where, b * BLOCK, n, slot->x);
     slot->blocks[b] = FN(reduce_block)(slot->x, slot->e, n, t, next, scoring);
@@ -453,10 +471,10 @@ static void FN(reduce_row)(const struct pl_task *task, int64_t r, int64_t end, s
 static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(temperature) t, const struct FN(slot) * slot)
 {
   const int64_t classes = task->classes;
-  const int64_t count = (classes + BLOCK - 1) / BLOCK;
-  const char *logits = (const char *)task->logits.data + FN(offset)(task, &task->logits, r);
-  const char *where = task->where.data ? (const char *)task->where.data + FN(offset)(task, &task->where, r) : NULL;
-  char *out = task->out.data ? (char *)task->out.data + FN(offset)(task, &task->out, r) : NULL;
+  const int64_t count = FN(block_count)(task);
+  const char *logits = FN(row_at)(task, &task->logits, r);
+  const char *where = FN(row_at)(task, &task->where, r);
+  char *out = FN(row_at)(task, &task->out, r);
   REAL *x = slot->x, *e = slot->e;
   const struct FN(row) row = slot->row;
   const struct FN(finish) f = FN(finish_row)(row.max, row.sum, row.sum_lo);
@@ -493,11 +511,11 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(te
   const bool direct = native && !streamed;
   REAL dot = 0, dot_lo = 0, mass = 0, mass_lo = 0;
   for (int64_t b = 0; b < count; b++) {
-    const int64_t n = classes - b * BLOCK < BLOCK ? classes - b * BLOCK : BLOCK;
+    const int64_t n = FN(block_length)(task, b);
     if (count > 1) FN(stage)(task, logits, where, b * BLOCK, n, x);
     if (task->operation == PL_SOFTMAX_CROSS_ENTROPY) {
       REAL lo, part_lo;
-      const char *labels = (const char *)task->labels.data + FN(offset)(task, &task->labels, r);
+      const char *labels = FN(row_at)(task, &task->labels, r);
       const int64_t groups = ROUND_UP(n, GROUP);
       FN(load_many)(e, labels + b * BLOCK * task->labels.classes, task->labels.classes, n, task->dtype);
       for (int64_t c = n; c < groups; c++) e[c] = 0;

@@ -7,7 +7,7 @@ static bool FN(row_pointers)(const struct pl_task *task, const struct pl_view *v
 {
   bool adjacent = true;
   for (int64_t l = 0; l < rows; l++) {
-    base[l] = (char *)view->data + FN(offset)(task, view, r + l);
+    base[l] = FN(row_at)(task, view, r + l);
     adjacent &= base[l] == base[0] + l * pl_itemsize(dtype);
   }
   return adjacent;
@@ -53,7 +53,7 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
 {
   if (!task->where.data) return;
   for (int64_t l = 0; l < rows; l++) {
-    const char *where = (const char *)task->where.data + FN(offset)(task, &task->where, r + l);
+    const char *where = FN(row_at)(task, &task->where, r + l);
     for (int64_t c = 0; c < task->classes; c++)
       if (!where[c * task->where.classes]) x[c * LANES + l] = fill;
   }
@@ -196,7 +196,7 @@ static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows,
     }
     default: /* PL_SELECTIVE_LOG_SOFTMAX and PL_SPARSE_SOFTMAX_CROSS_ENTROPY */
       for (int64_t l = 0; l < rows; l++) {
-        char *out = (char *)task->out.data + FN(offset)(task, &task->out, r + l);
+        char *out = FN(row_at)(task, &task->out, r + l);
         for (int64_t k = 0; k < task->picks; k++) {
           const int64_t label = FN(label)(task, r + l, k);
           const bool inside = label >= 0 && label < classes;
@@ -208,7 +208,6 @@ static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows,
       return bad;
   }
 #undef FINISH
-  for (int64_t l = 0; l < rows; l++)
-    FN(store)((char *)task->out.data + FN(offset)(task, &task->out, r + l), result[l], task->out_dtype);
+  for (int64_t l = 0; l < rows; l++) FN(store)(FN(row_at)(task, &task->out, r + l), result[l], task->out_dtype);
   return -1;
 }

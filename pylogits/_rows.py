@@ -167,13 +167,6 @@ def _as_full(array: Array, axes: tuple[int, ...]) -> Array | None:
         return None
 
 
-def _row_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int]:
-    """(outer, inner) of the rows of an array of this shape."""
-    if len(axes) == 1:
-        return math.prod(shape[: axes[0]]), math.prod(shape[axes[0] + 1 :])
-    return math.prod(size for axis, size in enumerate(shape) if axis not in axes), 1
-
-
 def _pieces(shape: Sequence[int], row_bytes: int) -> Iterator[tuple[slice | int, ...]]:
     """Indices that cut dimensions `shape` into pieces of PIECE_BYTES, or of one row where rows are larger."""
     if not shape:
@@ -223,12 +216,13 @@ def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[
         return None
     inputs = [None if array is None else _as_full(array, axes) for array in operands.inputs]
     outputs = [_as_full(array, axes) for array in operands.outputs]
-    if sum(view is not None for view in (*inputs, *outputs)) < len(full):
+    logits = inputs[0]
+    if logits is None or sum(view is not None for view in (*inputs, *outputs)) < len(full):
         return None
-    shape = _row_shape(full[0].shape, axes)
+    outer, _, inner = logits.shape
     lead = full[0].ndim - len(axes)
-    row_inputs = [array.reshape(shape) for array in operands.row_inputs]
-    row_outputs = [array.reshape(shape + array.shape[lead:]) for array in operands.row_outputs]
+    row_inputs = [array.reshape(outer, inner) for array in operands.row_inputs]
+    row_outputs = [array.reshape(outer, inner, *array.shape[lead:]) for array in operands.row_outputs]
     return Operands(inputs, row_inputs, [view for view in outputs if view is not None], row_outputs)
 
 
@@ -288,7 +282,7 @@ def run_contiguous(operation: str, logits: Any) -> Array | None:
     if type(logits) is not np.ndarray or logits.ndim == 0:
         return None
     dtype = logits.dtype
-    if dtype.char not in "fd" or not dtype.isnative:  # a look-up by dtype would take a tenth of the call
+    if dtype.char not in "fd" or not dtype.isnative:
         return None
     flags = logits.flags
     if not (flags.c_contiguous and flags.aligned and logits.size):

@@ -18,7 +18,6 @@ _CODES: dict[np.dtype[Any], int] = {
     np.dtype(np.float64): lib.PL_FLOAT64,
 }
 DTYPES = frozenset(_CODES)
-_CHARS = {"f": lib.PL_FLOAT32, "d": lib.PL_FLOAT64}
 _from_buffer = ffi.from_buffer
 _OPERATIONS = {"softmax": lib.PL_SOFTMAX, "log_softmax": lib.PL_LOG_SOFTMAX}
 
@@ -115,11 +114,11 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
 
 
 def run_contiguous(operation: str, logits: Array, out: Array, threads: int) -> None:
-    """C-contiguous softmax and log_softmax without a task, whose making would double the time of a small call."""
+    """softmax and log_softmax of C-contiguous arrays, without the views and the task of the general way."""
     classes = logits.shape[-1]
     lib.pl_run_contiguous(
         _OPERATIONS[operation],
-        _CHARS[logits.dtype.char],
+        _CODES[logits.dtype],
         _from_buffer(logits),
         _from_buffer(out),
         logits.size // classes,
