@@ -13,7 +13,7 @@ from timed import TIMED, check, label
 
 import pylogits
 
-SHAPES = ((4096, 1000), (256, 128256), (1, 10))
+SHAPES = ((4096, 1000), (256, 128256), (1_000_000, 10), (16384, 128), (1, 10))
 ROUNDS = 15
 REPEATS = 3  # in a round
 SAMPLE_SECONDS = 0.002  # calls that are shorter are timed by the batch

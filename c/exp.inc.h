@@ -49,38 +49,47 @@ static inline REAL FN(exponent)(REAL x, REAL m, REAL inverse_hi, REAL inverse_lo
   return hi;
 }
 
-/* r and k with hi + lo = k ln 2 + r, |r| <= ln 2 / 2, and 2^k EXP_SCALE in *scale. k is rounded by adding a number so big
- * that the integer part ends up in the lowest bits, where a shift moves it to the exponent. */
-static inline REAL FN(reduce)(REAL hi, REAL lo, REAL *scale)
+/* exp(r) = 1 + r + r^2 q(r): the q of kernel.c. */
+static inline VEC FN(exp_tail)(VEC r)
 {
-  const REAL shifted = FMA(hi, LOG2_E, ROUND_SHIFT);
-  const REAL k = shifted - ROUND_SHIFT;
-  *scale = FN(bits_to_real)(FN(real_to_bits)(shifted) << MANTISSA_BITS);
-  return FMA(k, -LN2_HI, hi) + FMA(k, -LN2_LO, lo);
+  VEC q = FN(vec_fill)(FN(exp_coefficients)[0]);
+  for (int i = 1; i < EXP_TERMS; i++) q = FN(vec_fma)(q, r, FN(vec_fill)(FN(exp_coefficients)[i]));
+  return q;
 }
 
-/* exp(hi + lo) * EXP_SCALE for hi <= 0; exactly 0 below EXP_LOWEST, where the true value rounds to 0 in this type.
+/* exp(a + b + lo) * EXP_SCALE, where a + b + lo is near hi <= 0; exactly 0 for hi below EXP_LOWEST, where the true value
+ * rounds to 0 in this type.
+ *
+ * k = hi / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
+ * to the exponent. a and b are two numbers so that a + (b - k ln 2) is exact, or its error too small to matter.
  *
  * EXP_SCALE keeps every result normal, so that sums of tiny terms stay exact and a probability is rounded once, when it
- * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN: the comparison is false. */
-static inline REAL FN(exp_scaled)(REAL hi, REAL lo)
+ * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN: it is not below anything. */
+static inline VEC FN(exp_scaled)(VEC hi, VEC a, VEC b, VEC lo)
 {
-  REAL scale;
-  const REAL r = FN(reduce)(hi, lo, &scale);
-  const REAL value = FMA(FMA(FN(exp_tail)(r), r, 1), r, 1) * scale;
-  return hi < EXP_LOWEST ? 0 : value;
+  const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
+  const VEC shifted = FN(vec_fma)(hi, FN(vec_fill)(LOG2_E), shift);
+  const VEC k = shifted - shift;
+  const VEC r = (a + FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b)) + FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo);
+  const VEC value = FN(vec_fma)(FN(vec_fma)(FN(exp_tail)(r), r, one), r, one) * FN(vec_scale)(shifted);
+  return FN(vec_unless_below)(value, hi, FN(vec_fill)(EXP_LOWEST));
 }
 
 /* exp(hi + lo) * EXP_SCALE as a pair, for the few factors that join the blocks of a long row. */
 static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
 {
-  REAL scale, r_lo, sum_lo;
+  REAL r_lo, sum_lo;
   if (hi < EXP_LOWEST) {
     *result_lo = 0;
     return 0;
   }
-  const REAL r = FN(reduce)(hi, lo, &scale);
-  const REAL square = FN(exp_tail)(r) * (r * r);
+  const REAL shifted = FMA(hi, LOG2_E, ROUND_SHIFT);
+  const REAL k = shifted - ROUND_SHIFT;
+  const REAL scale = FN(bits_to_real)(FN(real_to_bits)(shifted) << MANTISSA_BITS);
+  const REAL r = FMA(k, -LN2_HI, hi) + FMA(k, -LN2_LO, lo);
+  REAL q = FN(exp_coefficients)[0];
+  for (int i = 1; i < EXP_TERMS; i++) q = FMA(q, r, FN(exp_coefficients)[i]);
+  const REAL square = q * (r * r);
   const REAL s = FN(two_sum)(r, square, &r_lo);
   const REAL sum = FN(fast_two_sum)(1, s, &sum_lo);
   *result_lo = (sum_lo + r_lo) * scale;

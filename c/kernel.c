@@ -12,6 +12,9 @@
 #include "kernel.h"
 #include "stream.h"
 
+#define INLINE static inline __attribute__((always_inline))
+#include PL_VEC
+
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
 
@@ -20,10 +23,15 @@
 #define LINES_PER_GROUP 4
 #define BLOCK_BYTES 16384
 #define TILE 1024 /* classes in a tile at most: its two buffers are then 64 KiB each */
+#ifndef BATCH_BYTES
+#define BATCH_BYTES 16384
+#endif
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
 #define STREAM_BYTES (32 << 20)
 #define GROUP (LINES_PER_GROUP * LANES)
 #define BLOCK (BLOCK_BYTES / (int64_t)sizeof(REAL))
+#define VEC_LANES ((int)(sizeof(VEC) / sizeof(REAL)))
+#define LINE_VECS (LANES / VEC_LANES)
 #define ROUND_UP(n, unit) (((n) + (unit)-1) / (unit) * (unit))
 
 /* ---- float ---- */
@@ -32,23 +40,25 @@
 #define UINT uint32_t
 #define SINT int32_t
 #define FN(name) PASTE(name, _f32)
+#define VEC vec_f32
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
 #define LANES 16
 #define NATIVE_DTYPE PL_FLOAT32
 #define MANTISSA_BITS 23
 #define EXP_LOWEST (-104.0f) /* exp(-103.98) = 2^-150 is half of the smallest subnormal */
 #define EXP_SCALE 0x1p+64f
+#define GRID (0x1.8p+23f * 0x1p-13f) /* added and subtracted, it rounds to multiples of 2^-13 */
+#define FAR 256                      /* |maximum| from which x - maximum is exact for all terms that count */
 #define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
 #define SQRT_HALF_BITS 0x3f3504f3u
 #define LOG2_E 0x1.715476p+0f
 #define LN2_HI 0x1.62ep-1f
 #define LN2_LO 0x1.0bfbe8p-15f
 
-/* (exp(r) - 1 - r) / r^2: interpolated at Chebyshev nodes of |r| <= 0.35; exp is then within 2^-26.4 before rounding. */
-static inline float exp_tail_f32(float r)
-{
-  return FMA(FMA(FMA(FMA(0x1.6d1606p-10f, r, 0x1.12106cp-7f), r, 0x1.555516p-5f), r, 0x1.5554d8p-3f), r, 0.5f);
-}
+/* q(r) = (exp(r) - 1 - r) / r^2: interpolated at Chebyshev nodes of |r| <= 0.35; exp is then within 2^-26.4 before
+ * rounding. */
+#define EXP_TERMS 5
+static const float exp_coefficients_f32[EXP_TERMS] = {0x1.6d1606p-10f, 0x1.12106cp-7f, 0x1.555516p-5f, 0x1.5554d8p-3f, 0.5f};
 
 /* 2 atanh(s) / s - 2 as a series in w = s^2 <= 0.0295. */
 static inline float atanh_tail_f32(float w)
@@ -65,12 +75,16 @@ static inline float atanh_tail_f32(float w)
 #undef UINT
 #undef SINT
 #undef FN
+#undef VEC
 #undef FMA
 #undef LANES
 #undef NATIVE_DTYPE
 #undef MANTISSA_BITS
 #undef EXP_LOWEST
 #undef EXP_SCALE
+#undef GRID
+#undef FAR
+#undef EXP_TERMS
 #undef ROUND_SHIFT
 #undef SQRT_HALF_BITS
 #undef LOG2_E
@@ -83,12 +97,15 @@ static inline float atanh_tail_f32(float w)
 #define UINT uint64_t
 #define SINT int64_t
 #define FN(name) PASTE(name, _f64)
+#define VEC vec_f64
 #define FMA(a, b, c) __builtin_fma(a, b, c)
 #define LANES 8
 #define NATIVE_DTYPE PL_FLOAT64
 #define MANTISSA_BITS 52
 #define EXP_LOWEST (-746.0) /* exp(-745.14) = 2^-1075 is half of the smallest subnormal */
 #define EXP_SCALE 0x1p+512
+#define GRID (0x1.8p+52 * 0x1p-33)
+#define FAR 2048
 #define ROUND_SHIFT (0x1.8p+52 + 1023 + 512)
 #define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
 #define LOG2_E 0x1.71547652b82fep+0
@@ -96,20 +113,11 @@ static inline float atanh_tail_f32(float w)
 #define LN2_LO (-0x1.718432a1b0e26p-35)
 
 /* As above; exp is within 2^-61 before rounding. */
-static inline double exp_tail_f64(double r)
-{
-  double q = 0x1.1f75aba0b1e2ep-29;
-  q = FMA(q, r, 0x1.af52906239de4p-26);
-  q = FMA(q, r, 0x1.27e4da1a3bf04p-22);
-  q = FMA(q, r, 0x1.71ddffef9e7b1p-19);
-  q = FMA(q, r, 0x1.a01a01a741b3cp-16);
-  q = FMA(q, r, 0x1.a01a01aca0134p-13);
-  q = FMA(q, r, 0x1.6c16c16c16212p-10);
-  q = FMA(q, r, 0x1.111111110ff87p-7);
-  q = FMA(q, r, 0x1.5555555555556p-5);
-  q = FMA(q, r, 0x1.5555555555557p-3);
-  return FMA(q, r, 0.5);
-}
+#define EXP_TERMS 11
+static const double exp_coefficients_f64[EXP_TERMS] = {
+    0x1.1f75aba0b1e2ep-29, 0x1.af52906239de4p-26, 0x1.27e4da1a3bf04p-22, 0x1.71ddffef9e7b1p-19,
+    0x1.a01a01a741b3cp-16, 0x1.a01a01aca0134p-13, 0x1.6c16c16c16212p-10, 0x1.111111110ff87p-7,
+    0x1.5555555555556p-5,  0x1.5555555555557p-3,  0.5};
 
 static inline double atanh_tail_f64(double w)
 {

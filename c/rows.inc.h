@@ -2,7 +2,7 @@
  *
  * The canonical reduction tree, a function of the row's length and type alone:
  *   1. The row is cut into blocks of BLOCK elements. Each block has its maximum and the sum of exp(x - maximum) over all
- *      elements but one maximum: terms that are exactly 1 are counted, not added, and one is left out of the count.
+ *      elements but one maximum: elements equal to it are counted, not added, and one is left out of the count.
  *   2. Inside a block, lane l of LANES adds up the terms whose index is l modulo LANES: four at a time, plainly, as
  *      (a + b) + (c + d), and these with TwoSum. Missing terms are zeros, which change no bits.
  *   3. The lanes are joined by halves (l with l + LANES / 2, then / 4, ...), with TwoSum; then the count is added.
@@ -134,8 +134,8 @@ static void FN(store_many)(char *p, const REAL *x, int64_t stride, int64_t n, in
 
 /* ---- one row, LANES elements at a time ---- */
 
-/* Where the block after this one starts: in this row, or in the next; else anywhere. exp_many asks for it line by line
- * while it computes; asked for all at once, it held up the loads behind it. */
+/* Where the block after this one starts: in this row, or in the next; else anywhere. It is asked for line by line while the
+ * block is computed; asked for all at once, it held up the loads behind it. */
 static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t first, int64_t end, const REAL *anywhere)
 {
   const struct pl_view *logits = &task->logits;
@@ -147,85 +147,176 @@ static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t
   return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
 }
 
-/* Elements [first, first + n) of a row into x, padded to whole groups with -inf, which counts for nothing. */
-static void FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n, REAL *x)
+/* Elements [first, first + n) of a row: where they lie, or converted and masked in `room`. */
+static const REAL *FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n,
+                             REAL *room)
 {
-  FN(load_many)(x, row + first * task->logits.classes, task->logits.classes, n, task->dtype);
+  row += first * task->logits.classes;
+  if (task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL) && !where)
+    return (const REAL *)(const void *)row;
+  FN(load_many)(room, row, task->logits.classes, n, task->dtype);
   if (where) {
     for (int64_t c = 0; c < n; c++)
-      if (!where[(first + c) * task->where.classes]) x[c] = -INFINITY;
+      if (!where[(first + c) * task->where.classes]) room[c] = -INFINITY;
   }
-  for (int64_t c = n; c < ROUND_UP(n, GROUP); c++) x[c] = -INFINITY;
+  return room;
 }
 
+#define EACH_VEC(v) _Pragma("GCC unroll 16") for (int v = 0; v < LANES; v += VEC_LANES)
+
+/* How many of n elements fall into the vector that starts at c. */
+static inline int64_t FN(part)(int64_t n, int64_t c)
+{
+  return n <= c ? 0 : n - c < VEC_LANES ? n - c : VEC_LANES;
+}
+
+/* The last elements of a block, less than a group, filled up with -inf, which counts for nothing. */
+static inline void FN(pad)(REAL *tail, const REAL *x, int64_t n)
+{
+  const VEC nothing = FN(vec_fill)(-INFINITY);
+  for (int c = 0; c < GROUP; c += VEC_LANES)
+    FN(vec_store)(tail + c, FN(part)(n, c) ? FN(vec_load_part)(x + c, FN(part)(n, c), nothing) : nothing);
+}
+
+static inline VEC FN(group_maximum)(const REAL *x)
+{
+  return FN(vec_larger)(FN(vec_larger)(FN(vec_load)(x), FN(vec_load)(x + LANES)),
+                        FN(vec_larger)(FN(vec_load)(x + 2 * LANES), FN(vec_load)(x + 3 * LANES)));
+}
+
+/* A NaN may get lost, and hide what it is compared with; it shows in the sum either way. */
 static REAL FN(maximum)(const REAL *x, int64_t n)
 {
-  REAL best[GROUP];
-  for (int l = 0; l < GROUP; l++) best[l] = x[l];
-  for (int64_t c = GROUP; c < n; c += GROUP)
-    for (int l = 0; l < GROUP; l++) best[l] = x[c + l] > best[l] ? x[c + l] : best[l];
-#pragma GCC unroll 6
-  for (int half = GROUP / 2; half; half /= 2)
+  REAL tail[GROUP];
+  VEC top[LINE_VECS];
+  const int64_t whole = n / GROUP * GROUP;
+  for (int v = 0; v < LINE_VECS; v++) top[v] = FN(vec_fill)(-INFINITY);
+  for (int64_t c = 0; c < whole; c += GROUP)
+    EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(x + c + v), top[v / VEC_LANES]);
+  if (whole < n) {
+    FN(pad)(tail, x + whole, n - whole);
+    EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(tail + v), top[v / VEC_LANES]);
+  }
+  REAL best[LANES];
+  EACH_VEC(v) FN(vec_store)(best + v, top[v / VEC_LANES]);
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half; half /= 2)
     for (int l = 0; l < half; l++) best[l] = best[l + half] > best[l] ? best[l + half] : best[l];
-  /* A NaN that came first stays in its lane; elsewhere it loses every comparison. It shows in the sum either way. */
   return best[0];
 }
 
-static inline REAL FN(term)(REAL x, REAL max, struct FN(temperature) t, bool plain)
+/* What the exponents of a row (or of LANES rows) are: (x - max) / temperature.
+ *
+ * At temperature 1, `max` is split into hi, a multiple of 2^-13 (double: 2^-33), and lo. Then x - hi - k ln 2 is exact but for
+ * an error far below that of the exponential, as long as |max| < FAR; from there on x - max itself is exact where the
+ * exponential is not 0 (Sterbenz), and the rows are moved so that their maximum is 0. */
+struct FN(origin) {
+  VEC max, hi, lo;
+  VEC inverse, inverse_lo; /* 1 / temperature as a pair */
+  bool plain;              /* temperature 1 */
+};
+
+INLINE struct FN(origin) FN(origin_at)(VEC max, struct FN(temperature) t)
 {
-  REAL lo;
-  const REAL hi = plain ? FN(two_sum)(x, -max, &lo) : FN(exponent)(x, max, t.inverse, t.inverse_lo, &lo);
-  return FN(exp_scaled)(hi, lo);
+  struct FN(origin) o;
+  const VEC grid = FN(vec_fill)(GRID);
+  o.max = max;
+  o.hi = (max + grid) - grid;
+  o.lo = max - o.hi;
+  o.inverse = FN(vec_fill)(t.inverse);
+  o.inverse_lo = FN(vec_fill)(t.inverse_lo);
+  o.plain = t.inverse == 1 && t.inverse_lo == 0;
+  return o;
 }
 
-/* e = exp((x - max) / temperature) * EXP_SCALE, n in whole lines; `next` is memory that will be read soon. */
-static void FN(exp_many)(const REAL *restrict x, REAL *restrict e, int64_t n, REAL max, struct FN(temperature) t,
-                         const REAL *next)
+static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 {
-  if (t.inverse == 1 && t.inverse_lo == 0) { /* at temperature 1 the products drop out */
-    for (int64_t c = 0; c < n; c += LANES) {
-      __builtin_prefetch(next + c);
-      for (int l = 0; l < LANES; l++) e[c + l] = FN(term)(x[c + l], max, t, true);
-    }
-  } else {
-    for (int64_t c = 0; c < n; c += LANES) {
-      __builtin_prefetch(next + c);
-      for (int l = 0; l < LANES; l++) e[c + l] = FN(term)(x[c + l], max, t, false);
-    }
-  }
+  return t.inverse == 1 && t.inverse_lo == 0 && FN(finite)(max) && (max >= FAR || max <= -FAR);
 }
 
-/* Steps 2 and 3 of the tree: the sum of n elements (whole groups) as a pair. With `ones`, elements equal to EXP_SCALE are
- * left out and counted there. */
-static inline REAL FN(sum_lanes)(const REAL *restrict e, int64_t n, REAL *result_lo, REAL *ones)
+/* exp((x - max) / temperature) * EXP_SCALE */
+INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
 {
-  REAL s[LANES] = {0}, s_lo[LANES] = {0};
-  UINT count[LANES] = {0};
-  for (int64_t c = 0; c < n; c += GROUP) {
-    for (int l = 0; l < LANES; l++) {
-      REAL term[LINES_PER_GROUP], lo;
-      for (int line = 0; line < LINES_PER_GROUP; line++) {
-        term[line] = e[c + line * LANES + l];
-        if (ones) {
-          const bool one = term[line] == EXP_SCALE;
-          count[l] += one;
-          term[line] = one ? 0 : term[line];
-        }
+  const VEC difference = x - o->max;
+  if (o->plain) return FN(exp_scaled)(difference, x, -o->hi, -o->lo);
+  const VEC x_seen = difference + o->max;
+  const VEC difference_lo = (x - x_seen) - (o->max - (x_seen - difference));
+  const VEC hi = difference * o->inverse;
+  const VEC lo = FN(vec_fma)(difference, o->inverse, -hi) +
+                 FN(vec_fma)(difference, o->inverse_lo, difference_lo * o->inverse);
+  return FN(exp_scaled)(hi, hi, FN(vec_fill)(0), lo);
+}
+
+static REAL FN(term)(REAL x, REAL max, struct FN(temperature) t)
+{
+  REAL lanes[VEC_LANES];
+  const bool far = FN(is_far)(max, t);
+  const struct FN(origin) o = FN(origin_at)(FN(vec_fill)(far ? 0 : max), t);
+  FN(vec_store)(lanes, FN(terms)(FN(vec_fill)(far ? x - max : x), &o));
+  return lanes[0];
+}
+
+/* n elements moved so that their maximum is 0, where that is needed: returns where they are now. */
+static const REAL *FN(come_near)(const REAL *x, int64_t n, REAL *max, struct FN(temperature) t, REAL *room)
+{
+  if (!FN(is_far)(*max, t)) return x;
+  for (int64_t c = 0; c < n; c++) room[c] = x[c] - *max;
+  *max = 0;
+  return room;
+}
+
+/* ---- steps 2 and 3 of the tree ---- */
+
+struct FN(lanes) {
+  VEC sum[LINE_VECS], lo[LINE_VECS];
+};
+
+/* One step of TwoSum in each lane. */
+INLINE void FN(add_line)(struct FN(lanes) * lanes, int v, VEC term)
+{
+  const VEC sum = lanes->sum[v];
+  const VEC hi = sum + term;
+  const VEC seen = hi - sum;
+  lanes->sum[v] = hi;
+  lanes->lo[v] = lanes->lo[v] + ((sum - (hi - seen)) + (term - seen));
+}
+
+/* The terms of a group are added to the lanes, those of the maximum left out and counted. `keep` stores all terms in e. */
+INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep)
+{
+  int ones = 0;
+  EACH_VEC(v)
+  {
+    VEC term[LINES_PER_GROUP];
+    for (int i = 0; i < LINES_PER_GROUP; i++) {
+      term[i] = FN(terms)(FN(vec_load)(x + i * LANES + v), o);
+      if (keep) FN(vec_store)(e + i * LANES + v, term[i]);
+    }
+    if (__builtin_expect(FN(vec_count_equal)(FN(group_maximum)(x + v), o->max) != 0, 0)) {
+      for (int i = 0; i < LINES_PER_GROUP; i++) {
+        const VEC logits = FN(vec_load)(x + i * LANES + v);
+        ones += FN(vec_count_equal)(logits, o->max);
+        term[i] = FN(vec_unless_equal)(term[i], logits, o->max);
       }
-      s[l] = FN(two_sum)(s[l], (term[0] + term[1]) + (term[2] + term[3]), &lo);
-      s_lo[l] += lo;
     }
+    FN(add_line)(lanes, v / VEC_LANES, (term[0] + term[1]) + (term[2] + term[3]));
   }
+  return ones;
+}
+
+static REAL FN(join_lanes)(const struct FN(lanes) * lanes, REAL *result_lo)
+{
+  REAL s[LANES], s_lo[LANES];
+  memcpy(s, lanes->sum, sizeof s);
+  memcpy(s_lo, lanes->lo, sizeof s_lo);
 #pragma GCC unroll 4
   for (int half = LANES / 2; half; half /= 2) {
     for (int l = 0; l < half; l++) {
       REAL lo;
       s[l] = FN(two_sum)(s[l], s[l + half], &lo);
       s_lo[l] = (s_lo[l] + s_lo[l + half]) + lo;
-      count[l] += count[l + half];
     }
   }
-  if (ones) *ones = (REAL)count[0];
   if (!FN(finite)(s[0])) {
     *result_lo = 0;
     return s[0];
@@ -233,12 +324,44 @@ static inline REAL FN(sum_lanes)(const REAL *restrict e, int64_t n, REAL *result
   return FN(fast_two_sum)(s[0], s_lo[0], result_lo);
 }
 
+/* The sum of n elements (whole groups) as a pair. */
 static REAL FN(sum)(const REAL *e, int64_t n, REAL *result_lo)
 {
-  return FN(sum_lanes)(e, n, result_lo, NULL);
+  struct FN(lanes) lanes;
+  for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = FN(vec_fill)(0);
+  for (int64_t c = 0; c < n; c += GROUP) {
+    EACH_VEC(v)
+    {
+      const REAL *at = e + c + v;
+      const VEC first = FN(vec_load)(at) + FN(vec_load)(at + LANES);
+      const VEC second = FN(vec_load)(at + 2 * LANES) + FN(vec_load)(at + 3 * LANES);
+      FN(add_line)(&lanes, v / VEC_LANES, first + second);
+    }
+  }
+  return FN(join_lanes)(&lanes, result_lo);
 }
 
-/* The end of step 3: unscaled, with the terms that are exactly 1, but for the one that is left out. */
+/* The terms of n elements, the last of which, less than a group, are in `tail`; returns how often the maximum was met. */
+INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const REAL *tail,
+                         const struct FN(origin) * o, bool keep, const REAL *next, const REAL *to)
+{
+  struct FN(lanes) lanes;
+  int ones = 0;
+  for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = FN(vec_fill)(0);
+  const int64_t whole = n / GROUP * GROUP;
+  for (int64_t c = 0; c < whole; c += GROUP) {
+    for (int i = 0; i < LINES_PER_GROUP; i++) {
+      __builtin_prefetch(next + c + i * LANES);
+      if (keep) __builtin_prefetch(to + c + i * LANES, 1);
+    }
+    ones += FN(add_group)(&lanes, x + c, e + c, o, keep);
+  }
+  if (whole < n) ones += FN(add_group)(&lanes, tail, e + whole, o, keep);
+  *result = lanes;
+  return ones;
+}
+
+/* The end of step 3: unscaled, with the terms of the maximum, but for the one that is left out. */
 static inline REAL FN(add_ones)(REAL sum, REAL sum_lo, REAL ones, REAL *result_lo)
 {
   REAL lo;
@@ -255,32 +378,61 @@ static REAL FN(nan_or_zero)(const REAL *x, int64_t n)
   return found;
 }
 
-/* Step 1: a block's numbers from x; leaves exp(x - max) * EXP_SCALE in e. */
-static struct FN(row) FN(reduce_block)(const REAL *restrict x, REAL *restrict e, int64_t n, struct FN(temperature) t,
-                                       const REAL *next, bool entropy)
+/* A block under way. */
+struct FN(block) {
+  REAL max;
+  int ones; /* how often max was met */
+  struct FN(lanes) lanes;
+};
+
+/* Steps 1 and 2, the maximum given; `keep` leaves exp(x - max) * EXP_SCALE in e, filled up to whole groups. */
+static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t,
+                            const REAL *next, const REAL *to, bool keep)
 {
-  struct FN(row) block = {0};
-  REAL ones;
-  const int64_t lines = ROUND_UP(n, LANES), groups = ROUND_UP(n, GROUP);
-  block.max = FN(maximum)(x, groups);
-  FN(exp_many)(x, e, lines, block.max, t, next);
-  for (int64_t c = lines; c < groups; c += LANES)
-    for (int l = 0; l < LANES; l++) e[c + l] = 0;
-  if (block.max - block.max != 0) {
-    block.sum = FN(nan_or_zero)(x, n);
-    return block;
+  REAL tail[GROUP];
+  block->max = max;
+  block->ones = 1;
+  if (!FN(finite)(max)) {
+    block->lanes.sum[0] = FN(vec_fill)(FN(nan_or_zero)(x, n));
+    for (int64_t c = 0; keep && c < n; c++) e[c] = NAN;
+    return;
   }
-  block.sum = FN(sum_lanes)(e, groups, &block.sum_lo, &ones);
-  block.sum = FN(add_ones)(block.sum, block.sum_lo, ones, &block.sum_lo);
-  if (entropy) {
-    REAL product[BLOCK_BYTES / sizeof(REAL)], lo;
-    for (int64_t c = 0; c < groups; c++) {
-      const REAL hi = FN(exponent)(x[c], block.max, t.inverse, t.inverse_lo, &lo);
-      product[c] = e[c] == 0 ? 0 : e[c] * -hi;
-    }
-    block.dot = FN(sum)(product, groups, &lo) / EXP_SCALE;
+  x = FN(come_near)(x, n, &max, t, e);
+  const int64_t whole = n / GROUP * GROUP;
+  if (whole < n) FN(pad)(tail, x + whole, n - whole);
+  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
+  if (!o.plain) {
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, tail, &o, keep, next, to);
+    return;
   }
-  return block;
+  o.plain = true; /* as the compiler now knows */
+  block->ones = keep ? FN(add_terms)(&block->lanes, x, e, n, tail, &o, true, next, to)
+                     : FN(add_terms)(&block->lanes, x, e, n, tail, &o, false, next, to);
+}
+
+/* Step 3. */
+static inline struct FN(row) FN(finish_block)(const struct FN(block) * block)
+{
+  struct FN(row) row = {.max = block->max};
+  if (!FN(finite)(block->max)) {
+    memcpy(&row.sum, block->lanes.sum, sizeof row.sum);
+    return row;
+  }
+  row.sum = FN(join_lanes)(&block->lanes, &row.sum_lo);
+  row.sum = FN(add_ones)(row.sum, row.sum_lo, (REAL)block->ones, &row.sum_lo);
+  return row;
+}
+
+/* The sum of exp(x - max) * (max - x) / temperature over a block, from what reduce_block kept; destroys e. */
+static REAL FN(entropy_dot)(const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t)
+{
+  REAL lo;
+  if (!FN(finite)(max)) return 0;
+  for (int64_t c = 0; c < n; c++) {
+    const REAL hi = FN(exponent)(x[c], max, t.inverse, t.inverse_lo, &lo);
+    e[c] = e[c] == 0 ? 0 : e[c] * -hi;
+  }
+  return FN(sum)(e, ROUND_UP(n, GROUP), &lo) / EXP_SCALE;
 }
 
 /* Step 4. Every factor is taken to the overall maximum, so that errors do not pile up in a row that keeps rising. */
@@ -314,33 +466,49 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
 }
 
 /* What the results need beside the row's numbers. */
-struct FN(finish) {
+struct FN(closing) {
   REAL log1p, log1p_lo;           /* log(sum of exp(x - max)) */
   REAL reciprocal, reciprocal_lo; /* 1 / (sum of exp(x - max) * EXP_SCALE) */
 };
 
-/* A maximum of +inf (or -inf: no finite logit at all) makes every probability NaN, as in every peer. */
-static inline struct FN(finish) FN(finish_row)(REAL max, REAL sum, REAL sum_lo)
+/* Those of LANES rows. */
+struct FN(closings) {
+  REAL log1p[LANES], log1p_lo[LANES], reciprocal[LANES], reciprocal_lo[LANES];
+};
+
+static inline struct FN(closing) FN(closing_of)(const struct FN(closings) * f, int64_t l)
 {
-  struct FN(finish) f;
-  const REAL poison = max - max;
-  REAL total_lo;
-  const REAL total = FN(two_sum)(1, sum, &total_lo) + poison;
-  total_lo += sum_lo;
-  const REAL reciprocal = 1 / total;
-  const REAL residual = FMA(-total, reciprocal, 1) - total_lo * reciprocal;
-  f.reciprocal = reciprocal / EXP_SCALE;
-  f.reciprocal_lo = residual * reciprocal / EXP_SCALE;
-  f.log1p = FN(log1p_pair)(sum, sum_lo, &f.log1p_lo) + poison;
-  return f;
+  return (struct FN(closing)){f->log1p[l], f->log1p_lo[l], f->reciprocal[l], f->reciprocal_lo[l]};
 }
 
-static inline REAL FN(probability)(REAL e, struct FN(finish) f)
+/* LANES rows at once, as each step waits for the one before. A maximum of +inf (or -inf: no finite logit at all) makes every
+ * probability NaN, as in every peer. */
+static void FN(close_rows)(int operation, const REAL *max, const REAL *sum, const REAL *sum_lo, struct FN(closings) * f)
+{
+  if (operation == PL_SOFTMAX || operation == PL_SCORE) {
+    for (int l = 0; l < LANES; l++) {
+      REAL total_lo;
+      const REAL total = FN(two_sum)(1, sum[l], &total_lo) + (max[l] - max[l]);
+      total_lo += sum_lo[l];
+      const REAL reciprocal = 1 / total;
+      const REAL residual = FMA(-total, reciprocal, 1) - total_lo * reciprocal;
+      f->reciprocal[l] = reciprocal / EXP_SCALE;
+      f->reciprocal_lo[l] = residual * reciprocal / EXP_SCALE;
+    }
+  }
+  if (operation != PL_SOFTMAX) {
+    for (int l = 0; l < LANES; l++) {
+      f->log1p[l] = FN(log1p_pair)(sum[l], sum_lo[l], &f->log1p_lo[l]) + (max[l] - max[l]);
+    }
+  }
+}
+
+static inline REAL FN(probability)(REAL e, struct FN(closing) f)
 {
   return FMA(e, f.reciprocal, e * f.reciprocal_lo);
 }
 
-static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(finish) f, struct FN(temperature) t)
+static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, struct FN(temperature) t)
 {
   REAL lo;
   const REAL hi = FN(exponent)(x, max, t.inverse, t.inverse_lo, &lo);
@@ -348,7 +516,7 @@ static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(finish) f, st
 }
 
 /* max / temperature + log(sum); the infinities of max pass, where log1p holds a NaN from no other cause. */
-static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(finish) f, struct FN(temperature) t)
+static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct FN(temperature) t)
 {
   if (!FN(finite)(max)) return sum == sum ? max : sum;
   const REAL scaled = max * t.inverse;
@@ -358,23 +526,23 @@ static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(finish) f, struct F
 
 /* sum of q (D + L) = sum of q D + L sum of q, D = (max - x) / temperature, L = log1p; q = 0 counts for nothing, whatever D.
  * dot and labels are pairs. A one-hot q gives the bits of -log_probability. */
-static inline REAL FN(dense_loss)(REAL dot, REAL dot_lo, REAL labels, REAL labels_lo, struct FN(finish) f)
+static inline REAL FN(dense_loss)(REAL dot, REAL dot_lo, REAL labels, REAL labels_lo, struct FN(closing) f)
 {
   const REAL mass = labels * f.log1p;
   const REAL mass_lo = FMA(labels, f.log1p, -mass) + (labels * f.log1p_lo + labels_lo * f.log1p);
   return FN(add_pairs)(dot, dot_lo, mass, mass_lo);
 }
 
-/* x becomes q (max - x) and q its low part. The product's own rounding error is kept, so that the sum is good to a pair. */
-static inline void FN(weigh)(REAL *x, REAL *q, REAL max)
+/* q (max - x); q becomes its low part. The product's own rounding error is kept, so that the sum is good to a pair. */
+static inline REAL FN(weigh)(REAL x, REAL *q, REAL max)
 {
   REAL lo;
-  const REAL hi = FN(two_sum)(max, -*x, &lo);
+  const REAL hi = FN(two_sum)(max, -x, &lo);
   const REAL product = *q * hi;
   const REAL product_lo = FMA(*q, hi, -product) + *q * lo;
   const bool counts = *q != 0;
   *q = counts && FN(finite)(product) ? product_lo : 0;
-  *x = counts ? product : 0;
+  return counts ? product : 0;
 }
 
 static inline int64_t FN(label)(const struct pl_task *task, int64_t r, int64_t k)
@@ -397,16 +565,14 @@ static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REA
 }
 
 /* The outputs of PL_SCORE for row r. */
-static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(finish) f,
+static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(closing) f,
                           struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
 {
   const int64_t k = task->picks;
   ((REAL *)task->logsumexp)[r] = FN(log_sum)(row->max, row->sum, f, t);
   ((REAL *)task->entropy)[r] = f.log1p + row->dot * (f.reciprocal * EXP_SCALE);
   for (int64_t i = 0; i < k; i++) {
-    REAL lo;
-    const REAL hi = FN(exponent)(top_x[i], row->max, t.inverse, t.inverse_lo, &lo);
-    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability)(FN(exp_scaled)(hi, lo), f);
+    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability)(FN(term)(top_x[i], row->max, t), f);
     task->top_k_indices[r * k + i] = top_index[i];
   }
   ((REAL *)task->confidence)[r] = ((REAL *)task->top_k_probabilities)[r * k];
@@ -422,7 +588,7 @@ static inline bool FN(above)(REAL a, REAL b)
 static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_x, int64_t *top_index, int64_t k, int64_t *kept)
 {
   for (int64_t g = 0; g < n; g += GROUP) {
-    if (*kept == k) {
+    if (*kept == k && g + GROUP <= n) {
       const REAL least = top_x[k - 1];
       int any = 0;
       for (int l = 0; l < GROUP; l++) any |= !(x[g + l] <= least);
@@ -442,42 +608,113 @@ static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_
   }
 }
 
-/* A row under way: reduced, and not yet written. x and e hold its block, if it has one only. */
+/* A row under way. x and e are its block, if it has one only. */
 struct FN(slot) {
+  struct FN(block) block;
   struct FN(row) row;
-  REAL *x, *e;
-  struct FN(row) * blocks; /* one for each block */
-  REAL *top_x;             /* PL_SCORE: its largest logits, and their classes */
+  const REAL *x;
+  REAL *room, *e; /* of a block each */
+  REAL *top_x;    /* PL_SCORE: its largest logits, and their classes */
   int64_t *top_index;
+  int64_t kept;
+  REAL dot;
 };
 
-static void FN(reduce_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t, struct FN(slot) * slot)
+static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next, const REAL *to,
+                      struct FN(slot) * slot)
+{
+  const int64_t n = FN(block_length)(task, b);
+  const bool scoring = task->operation == PL_SCORE;
+  const bool keep = scoring || (task->operation == PL_SOFTMAX && task->classes <= BLOCK);
+  FN(start_block)(&slot->block, slot->x, slot->e, n, max, t, next, to, keep);
+  if (!scoring) return;
+  if (b == 0) slot->kept = 0;
+  slot->dot = FN(entropy_dot)(slot->x, slot->e, n, max, t);
+  FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &slot->kept);
+}
+
+static struct FN(row) FN(finish)(const struct FN(slot) * slot)
+{
+  struct FN(row) row = FN(finish_block)(&slot->block);
+  row.dot = slot->dot;
+  return row;
+}
+
+/* Rows of one block: step by step, so that the operations of a step, each waiting for the one before, overlap with other
+ * rows'. With the steps row by row, a row of 64 took twice as long. */
+static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t rows, int64_t end, struct FN(temperature) t,
+                                  struct FN(slot) * slots)
+{
+  REAL max[LANES];
+  for (int64_t i = 0; i < rows; i++) {
+    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), FN(row_at)(task, &task->where, r + i), 0, task->classes,
+                           slots[i].room);
+    max[i] = FN(maximum)(slots[i].x, task->classes);
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    const REAL *next = FN(next_block)(task, r + i + rows - 1, task->classes, end, slots[i].room);
+    const REAL *to = task->operation == PL_SOFTMAX ? (const REAL *)(void *)FN(row_at)(task, &task->out, r + i) : next;
+    FN(start)(task, 0, max[i], t, next, to, &slots[i]);
+  }
+  for (int64_t i = 0; i < rows; i++) slots[i].row = FN(finish)(&slots[i]);
+}
+
+static void FN(reduce_long_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
+                                struct FN(slot) * slot, struct FN(row) * blocks)
 {
   const int64_t count = FN(block_count)(task);
   const char *logits = FN(row_at)(task, &task->logits, r);
   const char *where = FN(row_at)(task, &task->where, r);
-  const bool scoring = task->operation == PL_SCORE;
-  int64_t kept = 0;
   for (int64_t b = 0; b < count; b++) {
     const int64_t n = FN(block_length)(task, b);
-    const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->x);
-    FN(stage)(task, logits, where, b * BLOCK, n, slot->x);
-    slot->blocks[b] = FN(reduce_block)(slot->x, slot->e, n, t, next, scoring);
-    if (scoring) FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &kept);
+    const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
+    slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
+    FN(start)(task, b, FN(maximum)(slot->x, n), t, next, next, slot);
+    blocks[b] = FN(finish)(slot);
   }
-  slot->row = count == 1 ? slot->blocks[0] : FN(join_blocks)(slot->blocks, count, t);
+  slot->row = FN(join_blocks)(blocks, count, t);
 }
 
-static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(temperature) t, const struct FN(slot) * slot)
+static inline VEC FN(scaled)(VEC term, struct FN(closing) f)
+{
+  return FN(vec_fma)(term, FN(vec_fill)(f.reciprocal), term * FN(vec_fill)(f.reciprocal_lo));
+}
+
+/* Probabilities from the terms that reduce_block kept. */
+static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, struct FN(closing) f)
+{
+  int64_t c = 0;
+  for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(scaled)(FN(vec_load)(e + c), f));
+  if (c < n) FN(vec_store_part)(result + c, n - c, FN(scaled)(FN(vec_load)(e + c), f));
+}
+
+/* Probabilities from logits. */
+static void FN(write_probabilities)(const REAL *x, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
+                                    struct FN(closing) f, const REAL *next)
+{
+  const struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES) {
+    __builtin_prefetch(next + c);
+    EACH_VEC(v) FN(vec_store)(result + c + v, FN(scaled)(FN(terms)(FN(vec_load)(x + c + v), &o), f));
+  }
+  for (; c < n; c += VEC_LANES) {
+    const VEC part = FN(vec_load_part)(x + c, FN(part)(n, c), FN(vec_fill)(0));
+    FN(vec_store_part)(result + c, FN(part)(n, c), FN(scaled)(FN(terms)(part, &o), f));
+  }
+}
+
+static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
+                             const struct FN(slot) * slot, struct FN(closing) f)
 {
   const int64_t classes = task->classes;
   const int64_t count = FN(block_count)(task);
   const char *logits = FN(row_at)(task, &task->logits, r);
   const char *where = FN(row_at)(task, &task->where, r);
   char *out = FN(row_at)(task, &task->out, r);
-  REAL *x = slot->x, *e = slot->e;
+  const REAL *x = slot->x;
+  REAL *room = slot->room, *e = slot->e;
   const struct FN(row) row = slot->row;
-  const struct FN(finish) f = FN(finish_row)(row.max, row.sum, row.sum_lo);
   const bool scoring = task->operation == PL_SCORE;
   int64_t bad = -1;
 
@@ -512,7 +749,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(te
   REAL dot = 0, dot_lo = 0, mass = 0, mass_lo = 0;
   for (int64_t b = 0; b < count; b++) {
     const int64_t n = FN(block_length)(task, b);
-    if (count > 1) FN(stage)(task, logits, where, b * BLOCK, n, x);
+    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room);
     if (task->operation == PL_SOFTMAX_CROSS_ENTROPY) {
       REAL lo, part_lo;
       const char *labels = FN(row_at)(task, &task->labels, r);
@@ -522,8 +759,9 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(te
       REAL part = FN(sum)(e, groups, &part_lo);
       mass = FN(two_sum)(mass, part, &lo);
       mass_lo += lo + part_lo;
-      for (int64_t c = 0; c < groups; c++) FN(weigh)(&x[c], &e[c], row.max);
-      part = FN(sum)(x, groups, &part_lo);
+      for (int64_t c = 0; c < n; c++) room[c] = FN(weigh)(x[c], &e[c], row.max);
+      for (int64_t c = n; c < groups; c++) room[c] = 0;
+      part = FN(sum)(room, groups, &part_lo);
       part_lo += FN(sum)(e, groups, &lo);
       dot = FN(two_sum)(dot, part, &lo);
       dot_lo += (FN(finite)(dot) ? lo : 0) + part_lo;
@@ -531,21 +769,24 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, struct FN(te
     }
     const bool log = task->operation == PL_LOG_SOFTMAX;
     char *to = out + b * BLOCK * task->out.classes;
-    REAL *result = direct ? (REAL *)(void *)to : x;
+    REAL *result = direct ? (REAL *)(void *)to : room;
     if (log) {
       for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
+    } else if (count == 1) {
+      FN(scale_terms)(e, result, n, f);
     } else {
-      if (count > 1) FN(exp_many)(x, e, ROUND_UP(n, LANES), row.max, t, x);
-      for (int64_t c = 0; c < n; c++) result[c] = FN(probability)(e[c], f);
+      REAL max = row.max;
+      x = FN(come_near)(x, n, &max, t, room);
+      FN(write_probabilities)(x, result, n, max, t, f, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
     }
     if (where) {
       for (int64_t c = 0; c < n; c++)
         if (!where[(b * BLOCK + c) * task->where.classes]) result[c] = log ? -INFINITY : 0;
     }
     if (streamed) {
-      pl_stream(to, (const char *)x, (size_t)n * sizeof(REAL));
+      pl_stream(to, (const char *)room, (size_t)n * sizeof(REAL));
     } else if (!direct) {
-      FN(store_many)(to, x, task->out.classes, n, task->out_dtype);
+      FN(store_many)(to, room, task->out.classes, n, task->out_dtype);
     }
   }
   if (task->operation == PL_SOFTMAX_CROSS_ENTROPY)

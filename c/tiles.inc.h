@@ -59,31 +59,38 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
   }
 }
 
-/* Step 1. e holds the terms of the sum, those that are exactly 1 counted in ones; `keep` leaves every term in x as well. */
-static void FN(exp_tile)(REAL *restrict x, REAL *restrict e, int64_t classes, struct FN(temperature) t, bool keep,
-                         REAL *restrict max, REAL *restrict ones)
+/* Step 1. e holds the terms of the sum, those of the maximum counted in ones; `keep` leaves every term in x as well. */
+static void FN(exp_tile)(REAL *x, REAL *e, int64_t classes, struct FN(temperature) t, bool keep, REAL *max, REAL *ones)
 {
-  const bool plain = t.inverse == 1 && t.inverse_lo == 0;
-  for (int l = 0; l < LANES; l++) {
-    max[l] = x[l];
-    ones[l] = 0;
-  }
+  const REAL *from = x;
+  REAL near[LANES];
+  bool any_far = false;
+  for (int l = 0; l < LANES; l++) max[l] = x[l];
   for (int64_t c = 1; c < classes; c++)
     for (int l = 0; l < LANES; l++) max[l] = x[c * LANES + l] > max[l] ? x[c * LANES + l] : max[l];
-  for (int64_t c = 0; c < classes; c++) {
-    REAL term[LANES];
-    if (plain) {
-      for (int l = 0; l < LANES; l++) term[l] = FN(term)(x[c * LANES + l], max[l], t, true);
-    } else {
-      for (int l = 0; l < LANES; l++) term[l] = FN(term)(x[c * LANES + l], max[l], t, false);
+  for (int l = 0; l < LANES; l++) {
+    const bool far = FN(is_far)(max[l], t);
+    near[l] = far ? 0 : max[l];
+    any_far |= far;
+  }
+  if (any_far) {
+    for (int64_t c = 0; c < classes; c++)
+      for (int l = 0; l < LANES; l++) e[c * LANES + l] = x[c * LANES + l] - (max[l] - near[l]);
+    from = e;
+  }
+  EACH_VEC(v)
+  {
+    const VEC one = FN(vec_fill)(1);
+    const struct FN(origin) o = FN(origin_at)(FN(vec_load)(near + v), t);
+    VEC count = FN(vec_fill)(0);
+    for (int64_t c = v; c < classes * LANES; c += LANES) {
+      const VEC logits = FN(vec_load)(from + c);
+      const VEC term = FN(terms)(logits, &o);
+      count = count + (one - FN(vec_unless_equal)(one, logits, o.max));
+      FN(vec_store)(e + c, FN(vec_unless_equal)(term, logits, o.max));
+      if (keep) FN(vec_store)(x + c, term);
     }
-    for (int l = 0; l < LANES; l++) {
-      const bool one = term[l] == EXP_SCALE;
-      ones[l] += one ? 1 : 0;
-      e[c * LANES + l] = one ? 0 : term[l];
-    }
-    if (keep)
-      for (int l = 0; l < LANES; l++) x[c * LANES + l] = term[l];
+    FN(vec_store)(ones + v, count);
   }
 }
 
@@ -145,7 +152,6 @@ static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows,
   const bool keep = task->operation == PL_SOFTMAX;
   REAL *x = scratch->x, *e = scratch->e;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES], result[LANES];
-  REAL log1p[LANES], log1p_lo[LANES], reciprocal[LANES], reciprocal_lo[LANES];
   int64_t bad = -1;
 
   FN(load_tile)(task, &task->logits, task->dtype, r, rows, x);
@@ -158,40 +164,34 @@ static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows,
     infinite |= !FN(finite)(max[l]);
   }
   if (infinite) FN(spoil_tile)(x, classes, max, sum, sum_lo);
-  for (int l = 0; l < LANES; l++) {
-    const struct FN(finish) f = FN(finish_row)(max[l], sum[l], sum_lo[l]);
-    log1p[l] = f.log1p;
-    log1p_lo[l] = f.log1p_lo;
-    reciprocal[l] = f.reciprocal;
-    reciprocal_lo[l] = f.reciprocal_lo;
-  }
-#define FINISH(l) ((struct FN(finish)){log1p[l], log1p_lo[l], reciprocal[l], reciprocal_lo[l]})
+  struct FN(closings) f;
+  FN(close_rows)(task->operation, max, sum, sum_lo, &f);
 
   switch (task->operation) {
     case PL_SOFTMAX:
       for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FINISH(l));
+        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FN(closing_of)(&f, l));
       FN(mask_tile)(task, r, rows, x, 0);
       FN(store_tile)(task, r, rows, x);
       return -1;
     case PL_LOG_SOFTMAX:
       for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(log_probability)(x[c * LANES + l], max[l], FINISH(l), t);
+        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(log_probability)(x[c * LANES + l], max[l], FN(closing_of)(&f, l), t);
       FN(mask_tile)(task, r, rows, x, -INFINITY);
       FN(store_tile)(task, r, rows, x);
       return -1;
     case PL_LOGSUMEXP:
-      for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(max[l], sum[l], FINISH(l), t);
+      for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(max[l], sum[l], FN(closing_of)(&f, l), t);
       break;
     case PL_SOFTMAX_CROSS_ENTROPY: {
       REAL mass[LANES], mass_lo[LANES], dot[LANES], dot_lo[LANES], low[LANES], low_lo[LANES];
       FN(load_tile)(task, &task->labels, task->dtype, r, rows, e);
       FN(sum_tile)(e, classes, mass, mass_lo);
       for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) FN(weigh)(&x[c * LANES + l], &e[c * LANES + l], max[l]);
+        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(weigh)(x[c * LANES + l], &e[c * LANES + l], max[l]);
       FN(sum_tile)(x, classes, dot, dot_lo);
       FN(sum_tile)(e, classes, low, low_lo);
-      for (int l = 0; l < LANES; l++) result[l] = FN(dense_loss)(dot[l], dot_lo[l] + low[l], mass[l], mass_lo[l], FINISH(l));
+      for (int l = 0; l < LANES; l++) result[l] = FN(dense_loss)(dot[l], dot_lo[l] + low[l], mass[l], mass_lo[l], FN(closing_of)(&f, l));
       break;
     }
     default: /* PL_SELECTIVE_LOG_SOFTMAX and PL_SPARSE_SOFTMAX_CROSS_ENTROPY */
@@ -202,12 +202,11 @@ static int64_t FN(run_tile)(const struct pl_task *task, int64_t r, int64_t rows,
           const bool inside = label >= 0 && label < classes;
           const REAL picked = inside ? x[label * LANES + l] : NAN;
           if (!inside) bad = FN(flat_label)(task, r + l, k);
-          FN(store_pick)(task, out, k, FN(log_probability)(picked, max[l], FINISH(l), t));
+          FN(store_pick)(task, out, k, FN(log_probability)(picked, max[l], FN(closing_of)(&f, l), t));
         }
       }
       return bad;
   }
-#undef FINISH
   for (int64_t l = 0; l < rows; l++) FN(store)(FN(row_at)(task, &task->out, r + l), result[l], task->out_dtype);
   return -1;
 }

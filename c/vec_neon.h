@@ -1,0 +1,48 @@
+/* NEON: four vectors a line. See vec_scalar.h for what each operation is. */
+
+#include <arm_neon.h>
+
+typedef float32x4_t vec_f32;
+typedef float64x2_t vec_f64;
+
+#define VEC_OPERATIONS(T, REAL, VEC, U, bits)                                                                                  \
+  static inline VEC vec_load_##T(const REAL *p) { return vld1q_##T(p); }                                                       \
+  static inline void vec_store_##T(REAL *p, VEC a) { vst1q_##T(p, a); }                                                        \
+  static inline VEC vec_fill_##T(REAL a) { return vdupq_n_##T(a); }                                                            \
+  static inline VEC vec_fma_##T(VEC a, VEC b, VEC c) { return vfmaq_##T(c, a, b); }                                            \
+  static inline VEC vec_larger_##T(VEC a, VEC b) { return vbslq_##T(vcgtq_##T(a, b), a, b); }                                  \
+  static inline VEC vec_scale_##T(VEC a)                                                                                       \
+  {                                                                                                                            \
+    return vreinterpretq_##T##_##U(vshlq_n_##U(vreinterpretq_##U##_##T(a), bits));                                             \
+  }                                                                                                                            \
+  static inline VEC vec_unless_below_##T(VEC a, VEC x, VEC y)                                                                  \
+  {                                                                                                                            \
+    return vreinterpretq_##T##_##U(vbicq_##U(vreinterpretq_##U##_##T(a), vcltq_##T(x, y)));                                    \
+  }                                                                                                                            \
+  static inline VEC vec_unless_equal_##T(VEC a, VEC x, VEC y)                                                                  \
+  {                                                                                                                            \
+    return vreinterpretq_##T##_##U(vbicq_##U(vreinterpretq_##U##_##T(a), vceqq_##T(x, y)));                                    \
+  }                                                                                                                            \
+  static inline int vec_count_equal_##T(VEC x, VEC y) { return -(int)vaddvq_##U(vceqq_##T(x, y)); }
+
+/* The first n lanes; the others of a loaded vector are those of `rest`. */
+#define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \
+  static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
+  {                                                                                                                            \
+    REAL lanes[VEC_LANES];                                                                                                     \
+    vec_store_##T(lanes, rest);                                                                                                \
+    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];                                                                           \
+    return vec_load_##T(lanes);                                                                                                \
+  }                                                                                                                            \
+  static inline void vec_store_part_##T(REAL *p, int64_t n, VEC a)                                                             \
+  {                                                                                                                            \
+    REAL lanes[VEC_LANES];                                                                                                     \
+    vec_store_##T(lanes, a);                                                                                                   \
+    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];                                                                           \
+  }
+
+/* clang-format off */
+VEC_OPERATIONS(f32, float, vec_f32, u32, 23)
+VEC_OPERATIONS(f64, double, vec_f64, u64, 52)
+VEC_PARTS(f32, float, vec_f32, 4)
+VEC_PARTS(f64, double, vec_f64, 2)

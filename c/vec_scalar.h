@@ -1,0 +1,47 @@
+/* The vector operations, on vectors of one: what the other vec_*.h do with several lanes at once. + - * / and unary - are
+ * the C operators everywhere. */
+
+typedef float vec_f32;
+typedef double vec_f64;
+
+#define VEC_OPERATIONS(T, REAL, UINT, fma_function, bits)                                                                      \
+  static inline REAL vec_load_##T(const REAL *p) { return *p; }                                                                \
+  static inline void vec_store_##T(REAL *p, REAL a) { *p = a; }                                                                \
+  static inline REAL vec_fill_##T(REAL a) { return a; } /* a in every lane */                                                  \
+  static inline REAL vec_fma_##T(REAL a, REAL b, REAL c) { return fma_function(a, b, c); }                                     \
+  static inline REAL vec_larger_##T(REAL a, REAL b) { return a > b ? a : b; } /* b where one is a NaN */                       \
+  /* The number whose exponent field holds the lowest bits of a. */                                                            \
+  static inline REAL vec_scale_##T(REAL a)                                                                                     \
+  {                                                                                                                            \
+    UINT pattern;                                                                                                              \
+    memcpy(&pattern, &a, sizeof a);                                                                                            \
+    pattern <<= bits;                                                                                                          \
+    memcpy(&a, &pattern, sizeof a);                                                                                            \
+    return a;                                                                                                                  \
+  }                                                                                                                            \
+  /* a, but 0 where x < y; a NaN is not below. */                                                                              \
+  static inline REAL vec_unless_below_##T(REAL a, REAL x, REAL y) { return x < y ? 0 : a; }                                    \
+  static inline REAL vec_unless_equal_##T(REAL a, REAL x, REAL y) { return x == y ? 0 : a; }                                   \
+  static inline int vec_count_equal_##T(REAL x, REAL y) { return x == y; } /* lanes */
+
+/* The first n lanes; the others of a loaded vector are those of `rest`. */
+#define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \
+  static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
+  {                                                                                                                            \
+    REAL lanes[VEC_LANES];                                                                                                     \
+    vec_store_##T(lanes, rest);                                                                                                \
+    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];                                                                           \
+    return vec_load_##T(lanes);                                                                                                \
+  }                                                                                                                            \
+  static inline void vec_store_part_##T(REAL *p, int64_t n, VEC a)                                                             \
+  {                                                                                                                            \
+    REAL lanes[VEC_LANES];                                                                                                     \
+    vec_store_##T(lanes, a);                                                                                                   \
+    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];                                                                           \
+  }
+
+/* clang-format off */
+VEC_OPERATIONS(f32, float, uint32_t, __builtin_fmaf, 23)
+VEC_OPERATIONS(f64, double, uint64_t, __builtin_fma, 52)
+VEC_PARTS(f32, float, float, 1)
+VEC_PARTS(f64, double, double, 1)
