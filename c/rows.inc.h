@@ -287,16 +287,17 @@ INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const
   int ones = 0;
   EACH_VEC(v)
   {
-    VEC term[LINES_PER_GROUP];
+    VEC logits[LINES_PER_GROUP], term[LINES_PER_GROUP];
     for (int i = 0; i < LINES_PER_GROUP; i++) {
-      term[i] = FN(terms)(FN(vec_load)(x + i * LANES + v), o);
-      if (keep) FN(vec_store)(e + i * LANES + v, term[i]);
+      logits[i] = FN(vec_load)(x + i * LANES + v);
+      term[i] = FN(terms)(logits[i], o);
     }
-    if (__builtin_expect(FN(vec_count_equal)(FN(group_maximum)(x + v), o->max) != 0, 0)) {
+    for (int i = 0; keep && i < LINES_PER_GROUP; i++) FN(vec_store)(e + i * LANES + v, term[i]); /* e may be x */
+    const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
+    if (__builtin_expect(FN(vec_count_equal)(top, o->max) != 0, 0)) {
       for (int i = 0; i < LINES_PER_GROUP; i++) {
-        const VEC logits = FN(vec_load)(x + i * LANES + v);
-        ones += FN(vec_count_equal)(logits, o->max);
-        term[i] = FN(vec_unless_equal)(term[i], logits, o->max);
+        ones += FN(vec_count_equal)(logits[i], o->max);
+        term[i] = FN(vec_unless_equal)(term[i], logits[i], o->max);
       }
     }
     FN(add_line)(lanes, v / VEC_LANES, (term[0] + term[1]) + (term[2] + term[3]));

@@ -8,15 +8,25 @@
 #include <string.h>
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
+
+#if defined(__AVX512F__)
+#define PL_STREAM_WIDTH 64
+#define PL_STREAM_STORE(to, from) _mm512_stream_si512((void *)(to), _mm512_loadu_si512((const void *)(from)))
+#elif defined(__AVX2__)
+#define PL_STREAM_WIDTH 32
+#define PL_STREAM_STORE(to, from) _mm256_stream_si256((void *)(to), _mm256_loadu_si256((const void *)(from)))
+#else
+#define PL_STREAM_WIDTH 16
+#define PL_STREAM_STORE(to, from) _mm_stream_si128((void *)(to), _mm_loadu_si128((const void *)(from)))
+#endif
 
 static inline void pl_stream(char *to, const char *from, size_t bytes)
 {
-  const size_t head = -(uintptr_t)to & 15 & (bytes > 16 ? 15 : 0);
-  memcpy(to, from, head);
-  size_t done = head;
-  for (; done + 16 <= bytes; done += 16)
-    _mm_stream_si128((__m128i *)(to + done), _mm_loadu_si128((const __m128i *)(from + done)));
+  const size_t misaligned = -(uintptr_t)to & (PL_STREAM_WIDTH - 1);
+  size_t done = misaligned < bytes ? misaligned : bytes;
+  memcpy(to, from, done);
+  for (; done + PL_STREAM_WIDTH <= bytes; done += PL_STREAM_WIDTH) PL_STREAM_STORE(to + done, from + done);
   memcpy(to + done, from + done, bytes - done);
 }
 

@@ -37,17 +37,18 @@ LINES = 4  # in a group
 BLOCK_BYTES = 16384
 TILE = 1024  # classes in a tile at most
 TILE_BYTES = TILE * LINE_BYTES
+GROUP_BYTES = LINES * LINE_BYTES
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 
 # ---- the constants of c/kernel.c ----
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half infinity nan lanes block exp_lowest exp_scale round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
+    "zero one two half infinity nan lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
-def _constants(real, exp_lowest, exp_scale, round_shift, ln2, exp_tail, atanh_terms):
+def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tail, atanh_terms):
     def number(text):
         return real(float.fromhex(text))
 
@@ -62,6 +63,8 @@ def _constants(real, exp_lowest, exp_scale, round_shift, ln2, exp_tail, atanh_te
         block=BLOCK_BYTES // np.dtype(real).itemsize,
         exp_lowest=real(exp_lowest),
         exp_scale=real(exp_scale),
+        grid=real(grid),
+        far=real(far),
         round_shift=real(round_shift),
         log2_e=number(ln2[0]),
         ln2_hi=number(ln2[1]),
@@ -75,6 +78,8 @@ _F32 = _constants(
     np.float32,
     exp_lowest=-104,
     exp_scale=2.0**64,
+    grid=1.5 * 2**23 * 2.0**-13,
+    far=256,
     round_shift=1.5 * 2**23 + 127 + 64,
     ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
     exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
@@ -85,6 +90,8 @@ _F64 = _constants(
     np.float64,
     exp_lowest=-746,
     exp_scale=2.0**512,
+    grid=1.5 * 2**52 * 2.0**-33,
+    far=2048,
     round_shift=1.5 * 2**52 + 1023 + 512,
     ln2=("0x1.71547652b82fep+0", "0x1.62e42ffp-1", "-0x1.718432a1b0e26p-35"),
     exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 "
@@ -338,6 +345,47 @@ def put_line(typingctx, x, index, line):
     return types.void(x, index, line), codegen
 
 
+def _part(context, builder, x, data, index, size):
+    """The address of x[index] as a line, its type, and a mask of the first `size` lanes."""
+    address = builder.gep(context.make_array(x)(context, builder, data).data, [index])
+    vector = context.get_value_type(Line(x.dtype))
+    lanes = ir.VectorType(index.type, vector.count)
+    first = builder.icmp_signed("<", ir.Constant(lanes, list(range(vector.count))), _spread(builder, size, lanes))
+    return builder.bitcast(address, vector.as_pointer()), vector, first
+
+
+@intrinsic
+def part_at(typingctx, x, index, size, rest):
+    """The line at x[index], of which only the first `size` lanes are read; the others are `rest`."""
+    line = Line(x.dtype)
+
+    def codegen(context, builder, signature, args):
+        address, vector, first = _part(context, builder, x, *args[:3])
+        align = ir.IntType(32)
+        kind = ir.FunctionType(vector, [address.type, align, first.type, vector])
+        name = f"llvm.masked.load.v{vector.count}{vector.element.intrinsic_name}.p0"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, [address, align(x.dtype.bitwidth // 8), first, _spread(builder, args[3], vector)])
+
+    return line(x, types.intp, types.intp, rest), codegen
+
+
+@intrinsic
+def put_part(typingctx, x, index, size, line):
+    """Writes the first `size` lanes of a line to x[index] and on."""
+
+    def codegen(context, builder, signature, args):
+        address, vector, first = _part(context, builder, x, *args[:3])
+        align = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [vector, address.type, align, first.type])
+        name = f"llvm.masked.store.v{vector.count}{vector.element.intrinsic_name}.p0"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        builder.call(function, [args[3], address, align(x.dtype.bitwidth // 8), first])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, line), codegen
+
+
 @intrinsic
 def everywhere(typingctx, mask):
     """Whether a mask holds in every lane."""
@@ -347,6 +395,28 @@ def everywhere(typingctx, mask):
         return builder.icmp_unsigned("==", builder.bitcast(args[0], bits), bits(-1))
 
     return types.boolean(mask), codegen
+
+
+@intrinsic
+def anywhere(typingctx, mask):
+    """Whether a mask holds in some lane."""
+
+    def codegen(context, builder, signature, args):
+        bits = ir.IntType(mask.line.lanes)
+        return builder.icmp_unsigned("!=", builder.bitcast(args[0], bits), bits(0))
+
+    return types.boolean(mask), codegen
+
+
+@intrinsic
+def count(typingctx, mask):
+    """The number of lanes in which a mask holds."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(args[0], ir.IntType(mask.line.lanes))
+        return builder.uitofp(builder.ctpop(bits), context.get_value_type(mask.line.real))
+
+    return mask.line.real(mask), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -432,8 +502,8 @@ def borrowed(typingctx, array):
 
 @intrinsic
 def packed(typingctx, row):
-    """The same row, known to be contiguous."""
-    kind = row.copy(layout="C")
+    """The same row, known to be contiguous; its elements are aligned."""
+    kind = types.Array(row.dtype, 1, "C")
 
     def codegen(context, builder, signature, args):
         source = context.make_array(row)(context, builder, args[0])
@@ -441,6 +511,18 @@ def packed(typingctx, row):
         return _borrow(context, builder, kind, source.data, size, stride)
 
     return kind(row), codegen
+
+
+@intrinsic
+def head(typingctx, x, size):
+    """x[:size], without a reference."""
+
+    def codegen(context, builder, signature, args):
+        source = context.make_array(x)(context, builder, args[0])
+        stride = context.get_constant(types.intp, x.dtype.bitwidth // 8)
+        return _borrow(context, builder, x, source.data, args[1], stride)
+
+    return x(x, types.intp), codegen
 
 
 @intrinsic
@@ -473,45 +555,45 @@ def prefetch(typingctx, row, index):
 
 
 # Not called from Python: less to compile.
-helper = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+allocating = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **OPTIONS}
+# Without reference counts, which took longer than a short row: the callers own all arrays.
+helper = njit(_nrt=False, **allocating)
+# For what runs on every line: a call would put its vectors on the stack.
+inlined = njit(_nrt=False, forceinline=True, **allocating)
+allocating = njit(**allocating)
 
 
 # ---- the elementary functions: c/exp.inc.h. A pair is hi + lo, unevaluated. ----
 
 
-@helper
+@inlined
 def two_sum(a, b):
     hi = a + b
     b_seen = hi - a
     return hi, (a - (hi - b_seen)) + (b - b_seen)
 
 
-@helper
+@inlined
 def fast_two_sum(a, b):
     hi = a + b
     return hi, b - (hi - a)
 
 
-@helper
+@inlined
 def exponent(x, maximum, inverse, inverse_lo):
     difference, difference_lo = two_sum(x, -maximum)
     hi = difference * inverse
     return hi, fma(difference, inverse, -hi) + fma(difference, inverse_lo, difference_lo * inverse)
 
 
-@helper
-def reduce(hi, lo):
+@inlined
+def exp_scaled(hi, a, b, lo):
+    """exp(a + b + lo) * EXP_SCALE, near exp(hi)."""
     k = constants(hi)
     shifted = fma(hi, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
-    return fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
-
-
-@helper
-def exp_scaled(hi, lo):
-    k = constants(hi)
-    r, scale = reduce(hi, lo)
-    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale
+    r = (a + fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo)
+    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale_of(shifted)
     return select(hi < k.exp_lowest, k.zero, value)
 
 
@@ -520,7 +602,10 @@ def exp_pair(hi, lo):
     k = constants(hi)
     if hi < k.exp_lowest:
         return k.zero, k.zero
-    r, scale = reduce(hi, lo)
+    shifted = fma(hi, k.log2_e, k.round_shift)
+    n = shifted - k.round_shift
+    scale = scale_of(shifted)
+    r = fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo)
     square = polynomial(r, k.exp_tail) * (r * r)
     s, r_lo = two_sum(r, square)
     total, total_lo = fast_two_sum(k.one, s)
@@ -552,7 +637,7 @@ def finite(value):
     return value - value == constants(value).zero
 
 
-@helper
+@inlined
 def add_pairs(a_hi, a_lo, b_hi, b_lo):
     hi, lo = two_sum(a_hi, b_hi)
     return select(finite(hi), hi + (lo + (a_lo + b_lo)), hi)
@@ -565,16 +650,40 @@ def invert(temperature):
     return inverse, fma(-temperature, inverse, k.one) * inverse
 
 
+@inlined
+def is_plain(t):
+    k = constants(t[0])
+    return t[0] == k.one and t[1] == k.zero
+
+
 @helper
-def scaled_terms(x, maximum, t):
-    """exp((x - maximum) / temperature) * EXP_SCALE."""
+def is_far(maximum, t):
+    k = constants(maximum)
+    return is_plain(t) and finite(maximum) and (maximum >= k.far or maximum <= -k.far)
+
+
+@inlined
+def terms(x, maximum, t):
+    """exp((x - maximum) / temperature) * EXP_SCALE; t is None for temperature 1, so that it gets code of its own."""
     k = constants(x)
-    inverse, inverse_lo = t
-    if inverse == k.one and inverse_lo == k.zero:
-        hi, lo = two_sum(x, -maximum)
-    else:
-        hi, lo = exponent(x, maximum, inverse, inverse_lo)
-    return exp_scaled(hi, lo)
+    difference = x - maximum
+    if t is None:
+        high = (maximum + k.grid) - k.grid
+        return exp_scaled(difference, x, -high, -(maximum - high))
+    x_seen = difference + maximum
+    difference_lo = (x - x_seen) - (maximum - (x_seen - difference))
+    hi = difference * t[0]
+    lo = fma(difference, t[0], -hi) + fma(difference, t[1], difference_lo * t[0])
+    return exp_scaled(hi, hi, hi - hi, lo)
+
+
+@helper
+def term(x, maximum, t):
+    if not is_plain(t):
+        return terms(x, maximum, t)
+    if is_far(maximum, t):
+        x, maximum = x - maximum, maximum - maximum
+    return terms(x, maximum, None)
 
 
 @helper
@@ -598,12 +707,12 @@ def finish_row(maximum, total, total_lo):
     return log1p + poison, log1p_lo, reciprocal / k.exp_scale, residual * reciprocal / k.exp_scale
 
 
-@helper
+@inlined
 def probability(e, f):
     return fma(e, f[2], e * f[3])
 
 
-@helper
+@inlined
 def log_probability(x, maximum, f, t):
     hi, lo = exponent(x, maximum, t[0], t[1])
     return add_pairs(hi, lo, -f[0], -f[1])
@@ -644,7 +753,7 @@ def position(r, inner):
     return (r, 0) if inner == 1 else (r // inner, r % inner)
 
 
-@helper
+@njit(inline="always", **OPTIONS)
 def block_of(array, r, first):
     """The block of a row that starts at `first`."""
     i, j = position(r, array.shape[2])
@@ -652,17 +761,22 @@ def block_of(array, r, first):
 
 
 @helper
-def load(x, row, fill):
-    """A row, or a part of one, into scratch; filled up to whole groups."""
-    n = row.size
-    size = LINES * constants(x[0]).lanes
+def load(x, row):
+    """A row, or a part of one, into scratch."""
     if row.strides[0] == row.itemsize:
-        copy(x, row, n)
+        copy(x, row, row.size)
     else:
-        for c in range(n):
+        for c in range(row.size):
             x[c] = row[c]
+
+
+@helper
+def fill_up(x, n):
+    """x[n:] zero up to whole groups."""
+    k = constants(x[0])
+    size = LINES * k.lanes
     for c in range(n, (n + size - 1) // size * size):
-        x[c] = fill
+        x[c] = k.zero
 
 
 @helper
@@ -683,38 +797,38 @@ def mask(x, n, where, r, first, fill):
             x[c] = x[c] if row[c] else fill
 
 
-@helper
-def prefetch_next(logits, r, first, end):
-    """Asks for the block after the one at `first`, or for the next row's, to come meanwhile."""
+@allocating
+def next_block(logits, r, first, end, anywhere):
+    """Where the block after the one at `first` starts, in this row or in the next: to be asked for while this one is computed."""
     first += BLOCK_BYTES // logits.itemsize
     if first >= logits.shape[1]:
         r, first = r + 1, 0
     if r < end and logits.strides[1] == logits.itemsize:
-        row = packed(block_of(logits, r, first))
-        for c in range(0, row.size, LINE_BYTES // row.itemsize):
-            prefetch(row, c)
+        return packed(block_of(logits, r, first))
+    return anywhere
 
 
-@helper
+@inlined
 def larger(a, b):
     return select(a > b, a, b)
 
 
+@inlined
+def largest(a, b, c, d):
+    return larger(larger(a, b), larger(c, d))
+
+
 @helper
-def maximum_of(x, n):
+def maximum_of(x):
     k = constants(x[0])
-    a, b, c, d = (
-        line_at(x, 0),
-        line_at(x, k.lanes),
-        line_at(x, 2 * k.lanes),
-        line_at(x, 3 * k.lanes),
-    )
-    for i in range(LINES * k.lanes, n, LINES * k.lanes):
-        a = larger(line_at(x, i), a)
-        b = larger(line_at(x, i + k.lanes), b)
-        c = larger(line_at(x, i + 2 * k.lanes), c)
-        d = larger(line_at(x, i + 3 * k.lanes), d)
-    best = larger(larger(d, b), larger(c, a))
+    group = LINES * k.lanes
+    whole = x.size // group * group
+    best = every_lane(-k.infinity)
+    for i in range(0, whole, group):
+        a, b = line_at(x, i), line_at(x, i + k.lanes)
+        best = larger(largest(a, b, line_at(x, i + 2 * k.lanes), line_at(x, i + 3 * k.lanes)), best)
+    for i in range(whole, x.size, k.lanes):
+        best = larger(part_at(x, i, x.size - i, -k.infinity), best)
     best = larger(rotate(best, 2), best)
     best = larger(rotate(best, 4), best)
     best = larger(rotate(best, 8), best)
@@ -724,93 +838,146 @@ def maximum_of(x, n):
 
 
 @helper
-def take_ones(term):
-    """A term without those that are exactly 1, and their count."""
-    k = constants(term)
-    one = term == k.exp_scale
-    return select(one, k.zero, term), select(one, k.one, k.zero)
-
-
-@helper
-def join_lanes(s, s_lo, ones, other, other_lo, other_ones):
+def join_lanes(s, s_lo, other, other_lo):
     s, lo = two_sum(s, other)
-    return s, (s_lo + other_lo) + lo, ones + other_ones
+    return s, (s_lo + other_lo) + lo
 
 
 @helper
-def sum_of_lanes(s, s_lo, ones):
-    """Step 3 of the tree: a pair and the count of ones."""
+def sum_of_lanes(s, s_lo):
+    """Step 3 of the tree: a pair."""
     k = constants(s)
-    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 2), rotate(s_lo, 2), rotate(ones, 2))
-    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 4), rotate(s_lo, 4), rotate(ones, 4))
-    s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 8), rotate(s_lo, 8), rotate(ones, 8))
+    s, s_lo = join_lanes(s, s_lo, rotate(s, 2), rotate(s_lo, 2))
+    s, s_lo = join_lanes(s, s_lo, rotate(s, 4), rotate(s_lo, 4))
+    s, s_lo = join_lanes(s, s_lo, rotate(s, 8), rotate(s_lo, 8))
     if k.lanes == 16:
-        s, s_lo, ones = join_lanes(s, s_lo, ones, rotate(s, 16), rotate(s_lo, 16), rotate(ones, 16))
+        s, s_lo = join_lanes(s, s_lo, rotate(s, 16), rotate(s_lo, 16))
     hi, lo = fast_two_sum(first_lane(s), first_lane(s_lo))
     if not finite(first_lane(s)):
         hi, lo = first_lane(s), k.zero
-    return hi, lo, first_lane(ones)
+    return hi, lo
 
 
 @helper
 def sum_of(e, n):
-    """Steps 2 and 3 without a count."""
+    """The sum of n elements in whole groups, as a pair."""
     k = constants(e[0])
-    zero = every_lane(k.zero)
-    s, s_lo = zero, zero
+    s, s_lo = every_lane(k.zero), every_lane(k.zero)
     for c in range(0, n, LINES * k.lanes):
         first = line_at(e, c) + line_at(e, c + k.lanes)
         s, lo = two_sum(s, first + (line_at(e, c + 2 * k.lanes) + line_at(e, c + 3 * k.lanes)))
         s_lo = s_lo + lo
-    total, total_lo, _ = sum_of_lanes(s, s_lo, zero)
-    return total, total_lo
+    return sum_of_lanes(s, s_lo)
+
+
+@inlined
+def without_maximum(term, x, maximum):
+    """A term, but 0 for the maximum; and how many lanes are the maximum."""
+    hit = x == maximum
+    return select(hit, constants(x).zero, term), count(hit)
+
+
+@inlined
+def add_group(s, s_lo, maximum, t, xa, xb, xc, xd):
+    """The terms of a group, added to the lanes without those of the maximum, which are counted; and the terms."""
+    k = constants(maximum)
+    terms_ = terms(xa, maximum, t), terms(xb, maximum, t), terms(xc, maximum, t), terms(xd, maximum, t)
+    a, b, c, d = terms_
+    ones = k.zero
+    if anywhere(largest(xa, xb, xc, xd) == maximum):
+        a, ones_a = without_maximum(a, xa, maximum)
+        b, ones_b = without_maximum(b, xb, maximum)
+        c, ones_c = without_maximum(c, xc, maximum)
+        d, ones_d = without_maximum(d, xd, maximum)
+        ones = (ones_a + ones_b) + (ones_c + ones_d)
+    s, lo = two_sum(s, (a + b) + (c + d))
+    return s, s_lo + lo, ones, terms_
+
+
+# Arrays are no arguments of what runs on every group: counting references to them took longer than the group.
+@helper
+def add_terms(x, e, maximum, t, keep, upcoming):
+    k = constants(x[0])
+    s, s_lo, ones = every_lane(k.zero), every_lane(k.zero), k.zero
+    two, three, group = 2 * k.lanes, 3 * k.lanes, LINES * k.lanes
+    whole = x.size // group * group
+    for i in range(0, whole, group):
+        prefetch(upcoming, i)
+        prefetch(upcoming, i + k.lanes)
+        prefetch(upcoming, i + two)
+        prefetch(upcoming, i + three)
+        a, b, c, d = line_at(x, i), line_at(x, i + k.lanes), line_at(x, i + two), line_at(x, i + three)
+        s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, d)
+        ones += more
+        if keep:
+            put_line(e, i, kept[0])
+            put_line(e, i + k.lanes, kept[1])
+            put_line(e, i + two, kept[2])
+            put_line(e, i + three, kept[3])
+    if whole < x.size:
+        left, nothing = x.size - whole, -k.infinity
+        a = part_at(x, whole, left, nothing)
+        b = part_at(x, whole + k.lanes, left - k.lanes, nothing)
+        c = part_at(x, whole + two, left - two, nothing)
+        s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, part_at(x, whole + three, left - three, nothing))
+        ones += more
+        if keep:
+            put_line(e, whole, kept[0])
+            put_line(e, whole + k.lanes, kept[1])
+            put_line(e, whole + two, kept[2])
+            put_line(e, whole + three, kept[3])
+    return s, s_lo, ones
 
 
 @helper
-def reduce_block(x, e, n, t):
-    """Steps 1 to 3; leaves exp(x - maximum) * EXP_SCALE in e."""
+def come_near(x, maximum, room):
+    """x, moved so that its maximum is 0, into room."""
+    for c in range(x.size):
+        room[c] = x[c] - maximum
+
+
+@helper
+def reduce_block(x, e, maximum, t, keep, upcoming):
+    """Steps 1 to 3, the maximum given; `keep` leaves exp(x - maximum) * EXP_SCALE in e."""
     k = constants(x[0])
-    maximum = maximum_of(x, n)
     if not finite(maximum):
         total = k.zero
-        for c in range(n):
+        for c in range(x.size):
             e[c] = k.nan
             total = total if x[c] == x[c] else x[c]
-        return maximum, total, k.zero
-    zero = every_lane(k.zero)
-    s, s_lo, ones = zero, zero, zero
-    for i in range(0, n, LINES * k.lanes):
-        a = scaled_terms(line_at(x, i), maximum, t)
-        b = scaled_terms(line_at(x, i + k.lanes), maximum, t)
-        c = scaled_terms(line_at(x, i + 2 * k.lanes), maximum, t)
-        d = scaled_terms(line_at(x, i + 3 * k.lanes), maximum, t)
-        put_line(e, i, a)
-        put_line(e, i + k.lanes, b)
-        put_line(e, i + 2 * k.lanes, c)
-        put_line(e, i + 3 * k.lanes, d)
-        a, ones_a = take_ones(a)
-        b, ones_b = take_ones(b)
-        c, ones_c = take_ones(c)
-        d, ones_d = take_ones(d)
-        s, lo = two_sum(s, (a + b) + (c + d))
-        s_lo = s_lo + lo
-        ones = ones + ((ones_a + ones_b) + (ones_c + ones_d))
-    total, total_lo, count = sum_of_lanes(s, s_lo, ones)
-    total, total_lo = add_ones(total, total_lo, count)
-    return maximum, total, total_lo
+        return total, k.zero
+    if is_far(maximum, t):
+        come_near(x, maximum, e)
+        x, maximum = head(e, x.size), k.zero
+    if is_plain(t):
+        s, s_lo, ones = add_terms(x, e, maximum, None, keep, upcoming)
+    else:
+        s, s_lo, ones = add_terms(x, e, maximum, t, keep, upcoming)
+    total, total_lo = sum_of_lanes(s, s_lo)
+    return add_ones(total, total_lo, ones)
 
 
 @helper
-def entropy_dot(x, e, n, maximum, t):
+def entropy_dot(x, e, maximum, t):
     """The sum of exp(x - maximum) (maximum - x) / temperature; destroys e."""
     k = constants(x[0])
     if not finite(maximum):
         return k.zero
-    for c in range(0, n, k.lanes):
-        hi, _ = exponent(line_at(x, c), maximum, t[0], t[1])
-        term = line_at(e, c)
-        put_line(e, c, select(term == k.zero, k.zero, term * -hi))
-    return sum_of(e, n)[0] / k.exp_scale
+    whole = x.size // k.lanes * k.lanes
+    for c in range(0, whole, k.lanes):
+        put_line(e, c, entropy_term(line_at(x, c), line_at(e, c), maximum, t))
+    if whole < x.size:
+        part = part_at(x, whole, x.size - whole, maximum)
+        put_line(e, whole, entropy_term(part, line_at(e, whole), maximum, t))
+    group = LINES * k.lanes
+    return sum_of(e, (x.size + group - 1) // group * group)[0] / k.exp_scale
+
+
+@helper
+def entropy_term(x, e, maximum, t):
+    k = constants(x)
+    hi, _ = exponent(x, maximum, t[0], t[1])
+    return select(e == k.zero, k.zero, e * -hi)
 
 
 @helper
@@ -842,30 +1009,32 @@ def join_blocks(blocks, t):
     return maximum, total, total_lo, dot
 
 
-@helper
-def stage(logits, where, r, first, x):
-    """A block of a row into x, what is masked as -inf; returns its size in whole groups."""
-    k = constants(x[0])
-    group = LINES * k.lanes
+@allocating
+def stage(logits, where, r, first, room):
+    """A block of a row: where it lies, or gathered and masked in `room`."""
     row = block_of(logits, r, first)
-    load(x, row, -k.infinity)
-    mask(x, row.size, where, r, first, -k.infinity)
-    return (row.size + group - 1) // group * group
+    if row.strides[0] == row.itemsize and where.shape[1] == 0:
+        return packed(row)
+    load(room, row)
+    mask(room, row.size, where, r, first, -constants(room[0]).infinity)
+    return head(room, row.size)
 
 
-@helper
-def reduce_row(logits, where, r, end, x, e, blocks, t):
-    """All four steps; leaves the last block in x and e."""
-    k = constants(x[0])
+@allocating
+def reduce_row(logits, where, r, end, room, e, blocks, t, keep):
+    """All four steps."""
+    k = constants(room[0])
     for b in range(len(blocks)):
-        n = stage(logits, where, r, b * k.block, x)
-        prefetch_next(logits, r, b * k.block, end)
-        blocks[b, 0], blocks[b, 1], blocks[b, 2] = reduce_block(x, e, n, t)
+        x = stage(logits, where, r, b * k.block, room)
+        maximum = maximum_of(x)
+        upcoming = next_block(logits, r, b * k.block, end, x)
+        blocks[b, 0] = maximum
+        blocks[b, 1], blocks[b, 2] = reduce_block(x, e, maximum, t, keep, upcoming)
         blocks[b, 3] = k.zero
     return join_blocks(blocks, t)
 
 
-@helper
+@allocating
 def block_room(logits):
     block = BLOCK_BYTES // logits.itemsize
     return np.empty(((logits.shape[1] + block - 1) // block, 4), logits.dtype)
@@ -964,19 +1133,38 @@ def sum_tile(e, classes):
 
 
 @helper
-def reduce_tile(logits, where, r, rows, x, e, t):
-    """The maxima and the sums of a tile's rows; leaves the logits in x, destroys e."""
+def exp_tile(x, e, classes, near, shift, t, keep):
+    """Step 1: the terms of x - shift, those of the maximum counted."""
+    k = constants(x[0])
+    ones = every_lane(k.zero)
+    for c in range(0, classes * k.lanes, k.lanes):
+        logits = line_at(x, c) - shift
+        term = terms(logits, near, t)
+        hit = logits == near
+        put_line(e, c, select(hit, k.zero, term))
+        ones = ones + select(hit, every_lane(k.one), k.zero)
+        if keep:
+            put_line(x, c, term)
+    return ones
+
+
+@helper
+def reduce_tile(logits, where, r, rows, x, e, t, keep):
+    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms; destroys e."""
     k = constants(x[0])
     classes = logits.shape[1]
     load_tile(x, logits, r, rows)
     mask_tile(x, where, r, rows, -k.infinity)
-    maximum, ones = line_at(x, 0), every_lane(k.zero)
+    maximum = line_at(x, 0)
     for c in range(1, classes):
         maximum = larger(line_at(x, c * k.lanes), maximum)
-    for c in range(classes):
-        term, one = take_ones(scaled_terms(line_at(x, c * k.lanes), maximum, t))
-        put_line(e, c * k.lanes, term)
-        ones = ones + one
+    near = maximum
+    if is_plain(t):
+        near = select(select(maximum < k.zero, -maximum, maximum) < k.far, maximum, select(finite(maximum), k.zero, maximum))
+        shift = maximum - near
+        ones = exp_tile(x, e, classes, near, shift, None, keep)
+    else:
+        ones = exp_tile(x, e, classes, near, near - near, t, keep)
     total, total_lo = sum_tile(e, classes)
     total, total_lo = add_ones(total, total_lo, ones)
     if not everywhere(finite(maximum)):
@@ -1002,6 +1190,53 @@ def store_line(out, line, r, rows):
 
 
 @helper
+def scale_terms(e, f, result):
+    """Probabilities from the terms that reduce_block kept."""
+    lanes = constants(e[0]).lanes
+    whole = result.size // lanes * lanes
+    for c in range(0, whole, lanes):
+        put_line(result, c, probability(line_at(e, c), f))
+    if whole < result.size:
+        put_part(result, whole, result.size - whole, probability(line_at(e, whole), f))
+
+
+@helper
+def write_probabilities(x, maximum, f, t, result):
+    k = constants(maximum)
+    whole = x.size // k.lanes * k.lanes
+    for c in range(0, whole, k.lanes):
+        put_line(result, c, probability(terms(line_at(x, c), maximum, t), f))
+    if whole < x.size:
+        part = part_at(x, whole, x.size - whole, k.zero)
+        put_part(result, whole, x.size - whole, probability(terms(part, maximum, t), f))
+
+
+@helper
+def write_log_probabilities(x, maximum, f, t, result):
+    k = constants(maximum)
+    whole = x.size // k.lanes * k.lanes
+    for c in range(0, whole, k.lanes):
+        put_line(result, c, log_probability(line_at(x, c), maximum, f, t))
+    if whole < x.size:
+        part = part_at(x, whole, x.size - whole, k.zero)
+        put_part(result, whole, x.size - whole, log_probability(part, maximum, f, t))
+
+
+@helper
+def write_row(x, room, maximum, f, t, log, result):
+    """Probabilities, or their logarithms, from logits."""
+    if log:
+        write_log_probabilities(x, maximum, f, t, result)
+    elif not is_plain(t):
+        write_probabilities(x, maximum, f, t, result)
+    elif is_far(maximum, t):
+        come_near(x, maximum, room)
+        write_probabilities(head(room, x.size), maximum - maximum, f, None, result)
+    else:
+        write_probabilities(x, maximum, f, None, result)
+
+
+@allocating
 def softmax_rows(logits, where, temperature, log, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
@@ -1012,39 +1247,36 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, not log)
             f = finish_row(maximum, total, total_lo)
             if log:
                 for c in range(0, classes * k.lanes, k.lanes):
                     put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
             else:
                 for c in range(0, classes * k.lanes, k.lanes):
-                    put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
+                    put_line(x, c, probability(line_at(x, c), f))
             mask_tile(x, where, r, rows, masked)
             store_tile(out, x, r, rows)
         return
     blocks = block_room(logits)
+    keep = not log and len(blocks) == 1
     for r in range(begin, end):
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, keep)
         f = finish_row(maximum, total, total_lo)
         for first in range(0, classes, k.block):
-            n = min(k.block, classes - first)
-            if classes > k.block:
-                stage(logits, where, r, first, x)
-            if log:
-                for c in range(0, n, k.lanes):
-                    put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
-            elif classes > k.block:
-                for c in range(0, n, k.lanes):
-                    put_line(x, c, probability(scaled_terms(line_at(x, c), maximum, t), f))
+            target = block_of(out, r, first)
+            direct = target.strides[0] == target.itemsize
+            result = packed(target) if direct else head(x, target.size)
+            if keep:
+                scale_terms(e, f, result)
             else:
-                for c in range(0, n, k.lanes):
-                    put_line(x, c, probability(line_at(e, c), f))
-            mask(x, n, where, r, first, masked)
-            store(block_of(out, r, first), x)
+                write_row(stage(logits, where, r, first, x), e, maximum, f, t, log, result)
+            mask(result, target.size, where, r, first, masked)
+            if not direct:
+                store(target, x)
 
 
-@helper
+@allocating
 def logsumexp_rows(logits, where, temperature, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
@@ -1054,18 +1286,18 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
             f = finish_row(maximum, total, total_lo)
             store_line(out, log_sum(maximum, total, f, t), r, rows)
         return
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         out[i, j] = log_sum(maximum, total, finish_row(maximum, total, total_lo), t)
 
 
-@helper
+@allocating
 def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     """Log-probabilities at indices (outer, K, inner), or the losses that are their negatives."""
     logits, where, indices, out = (
@@ -1082,7 +1314,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
         picked = scratch(temperature, LINE_BYTES)
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
                 put_line(picked, 0, k.nan)
@@ -1096,7 +1328,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         f = finish_row(maximum, total, total_lo)
         for pick in range(indices.shape[1]):
             label = indices[i, pick, j]
@@ -1105,7 +1337,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             out[i, pick, j] = k.zero - result if loss else result
 
 
-@helper
+@allocating
 def dense_rows(logits, where, labels, out, begin, end):
     logits, where, labels, out = borrowed(logits), borrowed(where), borrowed(labels), borrowed(out)
     k = constants(out[0, 0])
@@ -1115,7 +1347,7 @@ def dense_rows(logits, where, labels, out, begin, end):
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
             f = finish_row(maximum, total, total_lo)
             load_tile(e, labels, r, rows)
             mass, mass_lo = sum_tile(e, classes)
@@ -1130,12 +1362,16 @@ def dense_rows(logits, where, labels, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t)
+        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         f = finish_row(maximum, total, total_lo)
         dot, dot_lo, mass, mass_lo = k.zero, k.zero, k.zero, k.zero
         for first in range(0, classes, k.block):
-            n = stage(logits, where, r, first, x)
-            load(e, block_of(labels, r, first), k.zero)
+            staged = stage(logits, where, r, first, x)
+            n = (staged.size + GROUP_BYTES // logits.itemsize - 1) // (LINES * k.lanes) * (LINES * k.lanes)
+            load(e, block_of(labels, r, first))
+            fill_up(e, staged.size)
+            copy(x, staged, staged.size)
+            fill_up(x, staged.size)
             part, part_lo = sum_of(e, n)
             mass, lo = two_sum(mass, part)
             mass_lo += lo + part_lo
@@ -1157,14 +1393,15 @@ def above(a, b):
 
 
 @helper
-def keep_largest(x, n, first, top_x, top_index, kept):
+def keep_largest(x, first, top_x, top_index, kept):
     """The k largest so far, largest first, the earlier of equals first; returns how many."""
     lanes = constants(x[0]).lanes
     last = top_x.size - 1
-    for start in range(0, n, lanes):
-        if kept > last and everywhere(line_at(x, start) <= top_x[last]):
+    for start in range(0, x.size, lanes):
+        stop = min(start + lanes, x.size)
+        if kept > last and stop == start + lanes and everywhere(line_at(x, start) <= top_x[last]):
             continue
-        for c in range(start, min(start + lanes, n)):
+        for c in range(start, stop):
             if kept > last and not above(x[c], top_x[last]):
                 continue
             place = min(kept, last)
@@ -1178,7 +1415,7 @@ def keep_largest(x, n, first, top_x, top_index, kept):
     return kept
 
 
-@helper
+@allocating
 def score_rows(
     logits,
     where,
@@ -1208,19 +1445,19 @@ def score_rows(
         kept = 0
         for b in range(len(blocks)):
             first = b * k.block
-            n = stage(logits, where, r, first, x)
-            prefetch_next(logits, r, first, end)
-            maximum, total, total_lo = reduce_block(x, e, n, t)
-            blocks[b, 0], blocks[b, 1], blocks[b, 2] = maximum, total, total_lo
-            blocks[b, 3] = entropy_dot(x, e, n, maximum, t)
-            kept = keep_largest(x, min(k.block, classes - first), first, top_x, top_index, kept)
+            staged = stage(logits, where, r, first, x)
+            maximum = maximum_of(staged)
+            upcoming = next_block(logits, r, first, end, staged)
+            blocks[b, 0] = maximum
+            blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, True, upcoming)
+            blocks[b, 3] = entropy_dot(staged, e, maximum, t)
+            kept = keep_largest(staged, first, top_x, top_index, kept)
         maximum, total, total_lo, dot = join_blocks(blocks, t)
         f = finish_row(maximum, total, total_lo)
         logsumexp[i, j] = log_sum(maximum, total, f, t)
         entropy[i, j] = f[0] + dot * (f[2] * k.exp_scale)
         for place in range(top_x.size):
-            hi, lo = exponent(top_x[place], maximum, t[0], t[1])
-            top_probabilities[i, j, place] = probability(exp_scaled(hi, lo), f)
+            top_probabilities[i, j, place] = probability(term(top_x[place], maximum, t), f)
             top_indices[i, j, place] = top_index[place]
         confidence[i, j] = top_probabilities[i, j, 0]
         prediction[i, j] = top_index[0]
