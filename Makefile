@@ -51,7 +51,7 @@ peers: $(VENV)/installed  ## install torch, SciPy and onnxruntime for the benchm
 
 # ---- the C backend without Python ----
 
-C_FLAGS := -std=gnu11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+C_FLAGS := -std=gnu11 -Ic -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
 C_SOURCES := $(wildcard c/*.c c/*.h)
 CROSS := aarch64-linux-gnu
 

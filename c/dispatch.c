@@ -215,17 +215,19 @@ static int64_t find_bad_label(const struct pl_task *task)
 {
   const struct pl_view *labels = &task->labels;
   const int64_t count = task->outer * task->picks * task->inner;
-  if (labels->inner == 8 && labels->classes == 8 * task->inner && labels->outer == 8 * task->inner * task->picks) {
-    uint64_t largest = 0; /* a negative label is a large one */
+  const int64_t inner = task->inner, picks = task->picks; /* a dimension of one has any stride */
+  if ((inner == 1 || labels->inner == 8) && (picks == 1 || labels->classes == 8 * inner) &&
+      (task->outer == 1 || labels->outer == 8 * inner * picks)) {
+    uint64_t signs = 0; /* the highest bit is set by a negative label, and by one above the last class */
     for (int64_t n = 0; n < count; n++) {
       uint64_t label;
       memcpy(&label, (const char *)labels->data + 8 * n, sizeof label);
-      largest = label > largest ? label : largest;
+      signs |= label | ((uint64_t)task->classes - 1 - label);
     }
-    if (largest < (uint64_t)task->classes) return -1;
+    if (signs >> 63 == 0) return -1;
   }
   for (int64_t n = 0; n < count; n++) {
-    const int64_t j = n % task->inner, k = n / task->inner % task->picks, i = n / task->inner / task->picks;
+    const int64_t j = n % inner, k = n / inner % picks, i = n / inner / picks;
     int64_t label;
     memcpy(&label, (const char *)labels->data + i * labels->outer + k * labels->classes + j * labels->inner, sizeof label);
     if (label < 0 || label >= task->classes) return n;
@@ -256,20 +258,20 @@ int64_t pl_run(const struct pl_task *task, int threads)
   return run_range(kernels, task, 0, rows);
 }
 
-void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t rows, int64_t classes, int threads)
+void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t size, int64_t classes, int threads)
 {
-  const int64_t size = pl_itemsize(dtype);
+  const int64_t item = pl_itemsize(dtype);
   const struct pl_task task = {
       .operation = operation,
       .dtype = dtype,
       .out_dtype = dtype,
-      .outer = rows,
+      .outer = size / classes,
       .classes = classes,
       .inner = 1,
       .picks = 1,
       .temperature = 1,
-      .logits = {(void *)logits, classes * size, size, size},
-      .out = {out, classes * size, size, size},
+      .logits = {(void *)logits, classes * item, item, item},
+      .out = {out, classes * item, item, item},
   };
   pl_run(&task, threads);
 }

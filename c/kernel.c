@@ -1,7 +1,5 @@
-/* All kernels, compiled once per instruction set (see meson.build): the same C for scalar, AVX2, AVX-512 and NEON.
- *
- * There are no intrinsics. The loops are elementwise over fixed numbers of lanes, so that GCC and Clang vectorise them
- * without leave to reorder floating point (-ffp-contract=off, never -ffast-math), and the bits are the same everywhere. */
+/* All kernels, compiled once per instruction set (see meson.build). The vectors' operations are in vec_*.h; everything else is
+ * the same C for scalar, AVX2, AVX-512 and NEON, with the same bits (-ffp-contract=off, never -ffast-math). */
 
 #include <math.h>
 #include <stdbool.h>
@@ -12,20 +10,21 @@
 #include "kernel.h"
 #include "stream.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#include PL_VEC
-
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
+#define INLINE static inline __attribute__((always_inline))
+
+#define VECTORS2(isa) <vec_##isa.h>
+#define VECTORS(isa) VECTORS2(isa)
+#include VECTORS(PL_ISA)
 
 /* A line is 64 bytes, one AVX-512 register; a group is 4 lines; a block is 16 KiB, so that a row under
  * way (two blocks) stays in the first-level cache. The reduction tree in rows.inc.h is defined in these units. */
 #define LINES_PER_GROUP 4
 #define BLOCK_BYTES 16384
-#define TILE 1024 /* classes in a tile at most: its two buffers are then 64 KiB each */
-#ifndef BATCH_BYTES
-#define BATCH_BYTES 16384
-#endif
+#define TILE 1024         /* classes in a tile at most: its two buffers are then 64 KiB each */
+#define TILES 4           /* that go through the steps together */
+#define BATCH_BYTES 16384 /* of rows that go through the steps together, so that they are still in the first-level cache */
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
 #define STREAM_BYTES (32 << 20)
 #define GROUP (LINES_PER_GROUP * LANES)
@@ -47,8 +46,8 @@
 #define MANTISSA_BITS 23
 #define EXP_LOWEST (-104.0f) /* exp(-103.98) = 2^-150 is half of the smallest subnormal */
 #define EXP_SCALE 0x1p+64f
-#define GRID (0x1.8p+23f * 0x1p-13f) /* added and subtracted, it rounds to multiples of 2^-13 */
-#define FAR 256                      /* |maximum| from which x - maximum is exact for all terms that count */
+#define GRID (0x1.8p+23f * 0x1p-13f)        /* added and subtracted, it rounds to multiples of 2^-13 */
+#define FAR 256                             /* |maximum| from which x - maximum is exact for all terms that count */
 #define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
 #define SQRT_HALF_BITS 0x3f3504f3u
 #define LOG2_E 0x1.715476p+0f
@@ -64,6 +63,20 @@ static const float exp_coefficients_f32[EXP_TERMS] = {0x1.6d1606p-10f, 0x1.12106
 static inline float atanh_tail_f32(float w)
 {
   return w * FMA(FMA(FMA(FMA(2.f / 11, w, 2.f / 9), w, 2.f / 7), w, 2.f / 5), w, 2.f / 3);
+}
+
+/* Rows become columns. */
+typedef float quad_f32 __attribute__((vector_size(16)));
+#define ACROSS 4
+
+static inline void transpose_f32(quad_f32 *q)
+{
+  const quad_f32 a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+  const quad_f32 c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+  q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
 #include "exp.inc.h"
@@ -85,6 +98,7 @@ static inline float atanh_tail_f32(float w)
 #undef GRID
 #undef FAR
 #undef EXP_TERMS
+#undef ACROSS
 #undef ROUND_SHIFT
 #undef SQRT_HALF_BITS
 #undef LOG2_E
@@ -114,10 +128,17 @@ static inline float atanh_tail_f32(float w)
 
 /* As above; exp is within 2^-61 before rounding. */
 #define EXP_TERMS 11
-static const double exp_coefficients_f64[EXP_TERMS] = {
-    0x1.1f75aba0b1e2ep-29, 0x1.af52906239de4p-26, 0x1.27e4da1a3bf04p-22, 0x1.71ddffef9e7b1p-19,
-    0x1.a01a01a741b3cp-16, 0x1.a01a01aca0134p-13, 0x1.6c16c16c16212p-10, 0x1.111111110ff87p-7,
-    0x1.5555555555556p-5,  0x1.5555555555557p-3,  0.5};
+static const double exp_coefficients_f64[EXP_TERMS] = {0x1.1f75aba0b1e2ep-29,
+                                                       0x1.af52906239de4p-26,
+                                                       0x1.27e4da1a3bf04p-22,
+                                                       0x1.71ddffef9e7b1p-19,
+                                                       0x1.a01a01a741b3cp-16,
+                                                       0x1.a01a01aca0134p-13,
+                                                       0x1.6c16c16c16212p-10,
+                                                       0x1.111111110ff87p-7,
+                                                       0x1.5555555555556p-5,
+                                                       0x1.5555555555557p-3,
+                                                       0.5};
 
 static inline double atanh_tail_f64(double w)
 {
@@ -132,6 +153,16 @@ static inline double atanh_tail_f64(double w)
   q = FMA(q, w, 2.0 / 7);
   q = FMA(q, w, 2.0 / 5);
   return w * FMA(q, w, 2.0 / 3);
+}
+
+typedef double quad_f64 __attribute__((vector_size(16)));
+#define ACROSS 2
+
+static inline void transpose_f64(quad_f64 *q)
+{
+  const quad_f64 a = __builtin_shufflevector(q[0], q[1], 0, 2);
+  q[1] = __builtin_shufflevector(q[0], q[1], 1, 3);
+  q[0] = a;
 }
 
 #include "exp.inc.h"

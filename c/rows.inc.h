@@ -242,8 +242,7 @@ INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
   const VEC x_seen = difference + o->max;
   const VEC difference_lo = (x - x_seen) - (o->max - (x_seen - difference));
   const VEC hi = difference * o->inverse;
-  const VEC lo = FN(vec_fma)(difference, o->inverse, -hi) +
-                 FN(vec_fma)(difference, o->inverse_lo, difference_lo * o->inverse);
+  const VEC lo = FN(vec_fma)(difference, o->inverse, -hi) + FN(vec_fma)(difference, o->inverse_lo, difference_lo * o->inverse);
   return FN(exp_scaled)(hi, hi, FN(vec_fill)(0), lo);
 }
 
@@ -621,8 +620,8 @@ struct FN(slot) {
   REAL dot;
 };
 
-static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next, const REAL *to,
-                      struct FN(slot) * slot)
+static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next,
+                      const REAL *to, struct FN(slot) * slot)
 {
   const int64_t n = FN(block_length)(task, b);
   const bool scoring = task->operation == PL_SCORE;
@@ -648,8 +647,8 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 {
   REAL max[LANES];
   for (int64_t i = 0; i < rows; i++) {
-    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), FN(row_at)(task, &task->where, r + i), 0, task->classes,
-                           slots[i].room);
+    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), FN(row_at)(task, &task->where, r + i), 0,
+                           task->classes, slots[i].room);
     max[i] = FN(maximum)(slots[i].x, task->classes);
   }
   for (int64_t i = 0; i < rows; i++) {

@@ -18,8 +18,16 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   int64_t bad = -1;
 
   if (FN(by_tile)(task, end - begin)) {
-    for (int64_t r = begin; r < end; r += LANES) {
-      const int64_t found = FN(run_tile)(task, r, end - r < LANES ? end - r : LANES, t, &scratch);
+    struct FN(tile) tiles[TILES];
+    const int64_t fitting = TILE / task->classes;
+    const int64_t most = fitting < TILES ? fitting : TILES;
+    for (int64_t i = 0; i < most; i++) {
+      tiles[i].x = scratch.x + i * task->classes * LANES;
+      tiles[i].e = scratch.e + i * task->classes * LANES;
+    }
+    for (int64_t r = begin; r < end; r += most * LANES) {
+      const int64_t rows = end - r < most * LANES ? end - r : most * LANES;
+      const int64_t found = FN(run_tiles)(task, r, rows, t, tiles, (rows + LANES - 1) / LANES);
       if (bad == -1) bad = found;
     }
     return bad;

@@ -5,10 +5,16 @@
 typedef __m512 vec_f32;
 typedef __m512d vec_f64;
 
-#define VEC_OPERATIONS(T, REAL, VEC, ps, epi, bits, MASK)                                                                            \
-  static inline VEC vec_load_##T(const REAL *p) { return _mm512_loadu_##ps(p); }                                               \
-  static inline void vec_store_##T(REAL *p, VEC a) { _mm512_storeu_##ps(p, a); }                                               \
-  static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                        \
+#define VEC_OPERATIONS(T, REAL, VEC, ps, epi, bits, MASK)                                                                      \
+  static inline VEC vec_load_##T(const REAL *p)                                                                                \
+  {                                                                                                                            \
+    return _mm512_loadu_##ps(p);                                                                                               \
+  }                                                                                                                            \
+  static inline void vec_store_##T(REAL *p, VEC a)                                                                             \
+  {                                                                                                                            \
+    _mm512_storeu_##ps(p, a);                                                                                                  \
+  }                                                                                                                            \
+  static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
   {                                                                                                                            \
     return _mm512_mask_loadu_##ps(rest, (MASK)((1u << n) - 1), p);                                                             \
   }                                                                                                                            \
@@ -16,9 +22,18 @@ typedef __m512d vec_f64;
   {                                                                                                                            \
     _mm512_mask_storeu_##ps(p, (MASK)((1u << n) - 1), a);                                                                      \
   }                                                                                                                            \
-  static inline VEC vec_fill_##T(REAL a) { return _mm512_set1_##ps(a); }                                                       \
-  static inline VEC vec_fma_##T(VEC a, VEC b, VEC c) { return _mm512_fmadd_##ps(a, b, c); }                                    \
-  static inline VEC vec_larger_##T(VEC a, VEC b) { return _mm512_max_##ps(a, b); }                                             \
+  static inline VEC vec_fill_##T(REAL a)                                                                                       \
+  {                                                                                                                            \
+    return _mm512_set1_##ps(a);                                                                                                \
+  }                                                                                                                            \
+  static inline VEC vec_fma_##T(VEC a, VEC b, VEC c)                                                                           \
+  {                                                                                                                            \
+    return _mm512_fmadd_##ps(a, b, c);                                                                                         \
+  }                                                                                                                            \
+  static inline VEC vec_larger_##T(VEC a, VEC b)                                                                               \
+  {                                                                                                                            \
+    return _mm512_max_##ps(a, b);                                                                                              \
+  }                                                                                                                            \
   static inline VEC vec_scale_##T(VEC a)                                                                                       \
   {                                                                                                                            \
     return _mm512_castsi512_##ps(_mm512_slli_##epi(_mm512_cast##ps##_si512(a), bits));                                         \

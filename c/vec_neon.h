@@ -6,11 +6,26 @@ typedef float32x4_t vec_f32;
 typedef float64x2_t vec_f64;
 
 #define VEC_OPERATIONS(T, REAL, VEC, U, bits)                                                                                  \
-  static inline VEC vec_load_##T(const REAL *p) { return vld1q_##T(p); }                                                       \
-  static inline void vec_store_##T(REAL *p, VEC a) { vst1q_##T(p, a); }                                                        \
-  static inline VEC vec_fill_##T(REAL a) { return vdupq_n_##T(a); }                                                            \
-  static inline VEC vec_fma_##T(VEC a, VEC b, VEC c) { return vfmaq_##T(c, a, b); }                                            \
-  static inline VEC vec_larger_##T(VEC a, VEC b) { return vbslq_##T(vcgtq_##T(a, b), a, b); }                                  \
+  static inline VEC vec_load_##T(const REAL *p)                                                                                \
+  {                                                                                                                            \
+    return vld1q_##T(p);                                                                                                       \
+  }                                                                                                                            \
+  static inline void vec_store_##T(REAL *p, VEC a)                                                                             \
+  {                                                                                                                            \
+    vst1q_##T(p, a);                                                                                                           \
+  }                                                                                                                            \
+  static inline VEC vec_fill_##T(REAL a)                                                                                       \
+  {                                                                                                                            \
+    return vdupq_n_##T(a);                                                                                                     \
+  }                                                                                                                            \
+  static inline VEC vec_fma_##T(VEC a, VEC b, VEC c)                                                                           \
+  {                                                                                                                            \
+    return vfmaq_##T(c, a, b);                                                                                                 \
+  }                                                                                                                            \
+  static inline VEC vec_larger_##T(VEC a, VEC b)                                                                               \
+  {                                                                                                                            \
+    return vbslq_##T(vcgtq_##T(a, b), a, b);                                                                                   \
+  }                                                                                                                            \
   static inline VEC vec_scale_##T(VEC a)                                                                                       \
   {                                                                                                                            \
     return vreinterpretq_##T##_##U(vshlq_n_##U(vreinterpretq_##U##_##T(a), bits));                                             \
@@ -23,7 +38,10 @@ typedef float64x2_t vec_f64;
   {                                                                                                                            \
     return vreinterpretq_##T##_##U(vbicq_##U(vreinterpretq_##U##_##T(a), vceqq_##T(x, y)));                                    \
   }                                                                                                                            \
-  static inline int vec_count_equal_##T(VEC x, VEC y) { return -(int)vaddvq_##U(vceqq_##T(x, y)); }
+  static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
+  {                                                                                                                            \
+    return -(int)vaddvq_##U(vceqq_##T(x, y));                                                                                  \
+  }
 
 /* The first n lanes; the others of a loaded vector are those of `rest`. */
 #define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \

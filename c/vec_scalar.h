@@ -5,11 +5,26 @@ typedef float vec_f32;
 typedef double vec_f64;
 
 #define VEC_OPERATIONS(T, REAL, UINT, fma_function, bits)                                                                      \
-  static inline REAL vec_load_##T(const REAL *p) { return *p; }                                                                \
-  static inline void vec_store_##T(REAL *p, REAL a) { *p = a; }                                                                \
-  static inline REAL vec_fill_##T(REAL a) { return a; } /* a in every lane */                                                  \
-  static inline REAL vec_fma_##T(REAL a, REAL b, REAL c) { return fma_function(a, b, c); }                                     \
-  static inline REAL vec_larger_##T(REAL a, REAL b) { return a > b ? a : b; } /* b where one is a NaN */                       \
+  static inline REAL vec_load_##T(const REAL *p)                                                                               \
+  {                                                                                                                            \
+    return *p;                                                                                                                 \
+  }                                                                                                                            \
+  static inline void vec_store_##T(REAL *p, REAL a)                                                                            \
+  {                                                                                                                            \
+    *p = a;                                                                                                                    \
+  }                                                                                                                            \
+  static inline REAL vec_fill_##T(REAL a)                                                                                      \
+  {                                                                                                                            \
+    return a;                                                                                                                  \
+  } /* a in every lane */                                                                                                      \
+  static inline REAL vec_fma_##T(REAL a, REAL b, REAL c)                                                                       \
+  {                                                                                                                            \
+    return fma_function(a, b, c);                                                                                              \
+  }                                                                                                                            \
+  static inline REAL vec_larger_##T(REAL a, REAL b)                                                                            \
+  {                                                                                                                            \
+    return a > b ? a : b;                                                                                                      \
+  } /* b where one is a NaN */                                                                                                 \
   /* The number whose exponent field holds the lowest bits of a. */                                                            \
   static inline REAL vec_scale_##T(REAL a)                                                                                     \
   {                                                                                                                            \
@@ -20,9 +35,18 @@ typedef double vec_f64;
     return a;                                                                                                                  \
   }                                                                                                                            \
   /* a, but 0 where x < y; a NaN is not below. */                                                                              \
-  static inline REAL vec_unless_below_##T(REAL a, REAL x, REAL y) { return x < y ? 0 : a; }                                    \
-  static inline REAL vec_unless_equal_##T(REAL a, REAL x, REAL y) { return x == y ? 0 : a; }                                   \
-  static inline int vec_count_equal_##T(REAL x, REAL y) { return x == y; } /* lanes */
+  static inline REAL vec_unless_below_##T(REAL a, REAL x, REAL y)                                                              \
+  {                                                                                                                            \
+    return x < y ? 0 : a;                                                                                                      \
+  }                                                                                                                            \
+  static inline REAL vec_unless_equal_##T(REAL a, REAL x, REAL y)                                                              \
+  {                                                                                                                            \
+    return x == y ? 0 : a;                                                                                                     \
+  }                                                                                                                            \
+  static inline int vec_count_equal_##T(REAL x, REAL y)                                                                        \
+  {                                                                                                                            \
+    return x == y;                                                                                                             \
+  } /* lanes */
 
 /* The first n lanes; the others of a loaded vector are those of `rest`. */
 #define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \

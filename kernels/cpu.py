@@ -44,7 +44,8 @@ TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half infinity nan lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
+    "zero one two half infinity nan lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi ln2_lo "
+    "exp_tail atanh_tail",
 )
 
 
@@ -799,7 +800,7 @@ def mask(x, n, where, r, first, fill):
 
 @allocating
 def next_block(logits, r, first, end, anywhere):
-    """Where the block after the one at `first` starts, in this row or in the next: to be asked for while this one is computed."""
+    """Where the block after the one at `first` starts, to be asked for while this one is computed."""
     first += BLOCK_BYTES // logits.itemsize
     if first >= logits.shape[1]:
         r, first = r + 1, 0

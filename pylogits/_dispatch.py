@@ -32,6 +32,7 @@ TABLE = (
     Backend("numba", "pylogits.kernels.cpu", "numba", serial_below=1 << 17),
     Backend("reference", "pylogits._reference", "numpy", serial_below=1 << 62),
 )
+C_MODULE = TABLE[0].module
 MAX_THREADS = 1024
 NAMES = tuple(backend.name for backend in TABLE)
 LONGDOUBLE = np.dtype(np.longdouble).char  # no other backend than the reference has it
@@ -48,7 +49,7 @@ def is_available(backend: Backend) -> bool:
 def select(dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
     """The backend module and the number of threads for logits of this dtype and size."""
     name = "reference" if dtype.char == LONGDOUBLE else _forced.get() or _default
-    backend, module = _load(name)
+    backend, module = _loaded[name] if name in _loaded else _load(name)
     return module, 1 if elements < backend.serial_below else get_num_threads()
 
 

@@ -26,8 +26,9 @@ Kernel = Callable[..., int | None]
 # A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
 PIECE_BYTES = 1 << 20
 
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
-_FLOATS = _HALVES | {np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)}
+_FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 
 
 # ---- into NumPy and back ----
@@ -279,19 +280,20 @@ def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
 
 def run_contiguous(operation: str, logits: Any) -> Array | None:
     """The common case of an output as large as the logits, straight into C; None where it isn't the common case."""
-    if type(logits) is not np.ndarray or logits.ndim == 0:
+    if type(logits) is not np.ndarray:
         return None
     dtype = logits.dtype
-    if dtype.char not in "fd" or not dtype.isnative:
+    # `carray`: C-contiguous, aligned, in native byte order (as these two dtypes are) and writeable, in one look-up.
+    if (dtype is not _FLOAT32 and dtype is not _FLOAT64) or not logits.flags.carray:
         return None
-    flags = logits.flags
-    if not (flags.c_contiguous and flags.aligned and logits.size):
+    shape, size = logits.shape, logits.size
+    if not (shape and size):
         return None
-    module, threads = _dispatch.select(dtype, logits.size)
-    if not hasattr(module, "run_contiguous"):
+    module, threads = _dispatch.select(dtype, size)
+    if module.__name__ != _dispatch.C_MODULE:
         return None
-    out = np.empty(logits.shape, dtype)
-    module.run_contiguous(operation, logits, out, threads)
+    out = np.empty(shape, dtype)
+    module.run_contiguous(operation, dtype, logits, out, size, shape[-1], threads)
     return out
 
 

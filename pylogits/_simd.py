@@ -18,7 +18,9 @@ _CODES: dict[np.dtype[Any], int] = {
     np.dtype(np.float64): lib.PL_FLOAT64,
 }
 DTYPES = frozenset(_CODES)
+# Looked up once: a small call is little more than its look-ups.
 _from_buffer = ffi.from_buffer
+_run_contiguous = lib.pl_run_contiguous
 _OPERATIONS = {"softmax": lib.PL_SOFTMAX, "log_softmax": lib.PL_LOG_SOFTMAX}
 
 
@@ -113,18 +115,11 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
     )
 
 
-def run_contiguous(operation: str, logits: Array, out: Array, threads: int) -> None:
-    """softmax and log_softmax of C-contiguous arrays, without the views and the task of the general way."""
-    classes = logits.shape[-1]
-    lib.pl_run_contiguous(
-        _OPERATIONS[operation],
-        _CODES[logits.dtype],
-        _from_buffer(logits),
-        _from_buffer(out),
-        logits.size // classes,
-        classes,
-        threads,
-    )
+def run_contiguous(
+    operation: str, dtype: np.dtype[Any], logits: Array, out: Array, size: int, classes: int, threads: int
+) -> None:
+    """softmax and log_softmax of C-contiguous arrays of `size` elements, without the views and the task of the general way."""
+    _run_contiguous(_OPERATIONS[operation], _CODES[dtype], _from_buffer(logits), _from_buffer(out), size, classes, threads)
 
 
 def max_threads() -> int:

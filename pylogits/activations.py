@@ -229,7 +229,7 @@ def selective_log_softmax(
             lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
             module.DTYPES,
             (number,),
-            _rows.Operands([array, several.astype(np.int64)], outputs=[result]),
+            _rows.Operands([array, np.asarray(several, np.int64, order="C")], outputs=[result]),
         )
         if not good:
             _rows.raise_bad_label(picks, "index", array.shape[number])

@@ -198,5 +198,5 @@ def one_hot(
     out, target = _rows.allocate(labels, shape, np.dtype(dtype))
     target[...] = 0
     if count:
-        np.put_along_axis(target, np.expand_dims(classes.astype(np.int64), number), 1, axis=number)
+        np.put_along_axis(target, np.expand_dims(np.asarray(classes, np.int64, order="C"), number), 1, axis=number)
     return out
