@@ -680,7 +680,7 @@ static inline VEC FN(scaled)(VEC term, struct FN(closing) f)
   return FN(vec_fma)(term, FN(vec_fill)(f.reciprocal), term * FN(vec_fill)(f.reciprocal_lo));
 }
 
-/* Probabilities from the terms that reduce_block kept. */
+/* Probabilities from the terms that start_block kept. */
 static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, struct FN(closing) f)
 {
   int64_t c = 0;
@@ -689,18 +689,32 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, struct FN(cl
 }
 
 /* Probabilities from logits. */
-static void FN(write_probabilities)(const REAL *x, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
-                                    struct FN(closing) f, const REAL *next)
+INLINE void FN(write_probabilities)(const REAL *x, REAL *result, int64_t n, const struct FN(origin) * o, struct FN(closing) f,
+                                    const REAL *next)
 {
-  const struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
   int64_t c = 0;
-  for (; c + LANES <= n; c += LANES) {
-    __builtin_prefetch(next + c);
-    EACH_VEC(v) FN(vec_store)(result + c + v, FN(scaled)(FN(terms)(FN(vec_load)(x + c + v), &o), f));
+  for (; c + GROUP <= n; c += GROUP) {
+    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(next + c + i * LANES);
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUP; v += VEC_LANES)
+      FN(vec_store)(result + c + v, FN(scaled)(FN(terms)(FN(vec_load)(x + c + v), o), f));
   }
   for (; c < n; c += VEC_LANES) {
     const VEC part = FN(vec_load_part)(x + c, FN(part)(n, c), FN(vec_fill)(0));
-    FN(vec_store_part)(result + c, FN(part)(n, c), FN(scaled)(FN(terms)(part, &o), f));
+    FN(vec_store_part)(result + c, FN(part)(n, c), FN(scaled)(FN(terms)(part, o), f));
+  }
+}
+
+static void FN(write_block)(const REAL *x, REAL *room, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
+                            struct FN(closing) f, const REAL *next)
+{
+  x = FN(come_near)(x, n, &max, t, room);
+  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
+  if (!o.plain) {
+    FN(write_probabilities)(x, result, n, &o, f, next);
+  } else {
+    o.plain = true; /* as the compiler now knows */
+    FN(write_probabilities)(x, result, n, &o, f, next);
   }
 }
 
@@ -775,9 +789,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t end,
     } else if (count == 1) {
       FN(scale_terms)(e, result, n, f);
     } else {
-      REAL max = row.max;
-      x = FN(come_near)(x, n, &max, t, room);
-      FN(write_probabilities)(x, result, n, max, t, f, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
+      FN(write_block)(x, room, result, n, row.max, t, f, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
     }
     if (where) {
       for (int64_t c = 0; c < n; c++)
