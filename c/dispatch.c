@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "half.h"
@@ -208,6 +209,57 @@ static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *
   return status;
 }
 
+/* Whether threads should share rows: there are too few to go round, and long enough. */
+static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
+{
+  return rows < 4 * threads && task->classes >= 2 * parts->block && task->operation != PL_SCORE &&
+         task->operation != PL_SOFTMAX_CROSS_ENTROPY;
+}
+
+static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
+{
+  const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
+  const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
+  const int64_t piece = (blocks + wanted - 1) / wanted, pieces = (blocks + piece - 1) / piece;
+  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const int64_t writes = whole ? pieces : 1; /* one number a row is not worth sharing */
+  int64_t status = -1;
+  char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
+  if (!numbers) return -2;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+  {
+    const unsigned state = get_float_state();
+    set_float_state(FLOAT_DEFAULT);
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1)
+#endif
+    for (int64_t p = 0; p < rows * pieces; p++) {
+      const int64_t r = p / pieces, first = p % pieces * piece;
+      parts->reduce(task, r, first, first + piece < blocks ? first + piece : blocks,
+                    numbers + (size_t)(r * blocks) * parts->numbers_size);
+    }
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1)
+#endif
+    for (int64_t p = 0; p < rows * writes; p++) {
+      const int64_t r = p / writes, first = p % writes * piece;
+      const int64_t last = whole && first + piece < blocks ? first + piece : blocks;
+      const int64_t found = parts->write(task, r, first, last, numbers + (size_t)(r * blocks) * parts->numbers_size);
+      if (found != -1) {
+#ifdef _OPENMP
+#pragma omp critical(pl_status)
+#endif
+        status = worse(status, found);
+      }
+    }
+    set_float_state(state);
+  }
+  free(numbers);
+  return status;
+}
+
 /* ---- entry points ---- */
 
 /* The first label outside [0, classes), before anything is written. */
@@ -248,10 +300,12 @@ int64_t pl_run(const struct pl_task *task, int threads)
     const int64_t bad = find_bad_label(&labels);
     if (bad != -1) return bad;
   }
-  if (threads > rows) threads = (int)rows;
+  const struct pl_parts *parts = task->dtype == PL_FLOAT64 ? kernels->parts_f64 : kernels->parts_f32;
+  const bool shared = shares_rows(parts, task, rows, threads);
+  if (threads > rows && !shared) threads = (int)rows;
   /* A second call beside a running one stays on its caller's thread: teams of teams would only wait for cores. */
   if (threads > 1 && !forked && !atomic_exchange(&busy, true)) {
-    const int64_t status = run_team(kernels, task, rows, threads);
+    const int64_t status = shared ? share_rows(parts, task, rows, threads) : run_team(kernels, task, rows, threads);
     atomic_store(&busy, false);
     return status;
   }

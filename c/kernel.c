@@ -173,4 +173,6 @@ static inline void transpose_f64(quad_f64 *q)
 const struct pl_kernels PASTE(pl_kernels_, PL_ISA) = {
     .run_f32 = run_rows_f32,
     .run_f64 = run_rows_f64,
+    .parts_f32 = &parts_f32,
+    .parts_f64 = &parts_f64,
 };

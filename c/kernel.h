@@ -1,6 +1,7 @@
 #ifndef PL_KERNEL_H
 #define PL_KERNEL_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "api.cdef.h"
@@ -9,8 +10,18 @@
  * of a label that it found outside [0, classes), or -2 where it could not allocate. */
 typedef int64_t pl_run_rows(const struct pl_task *task, int64_t begin, int64_t end);
 
+/* For threads that share a row longer than a block: each reduces some of its blocks to `numbers_size` bytes of numbers, and
+ * when all are done writes the results of some. Not for PL_SCORE and PL_SOFTMAX_CROSS_ENTROPY. */
+struct pl_parts {
+  int64_t block; /* elements */
+  size_t numbers_size;
+  void (*reduce)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *numbers);
+  int64_t (*write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *numbers);
+};
+
 struct pl_kernels {
   pl_run_rows *run_f32, *run_f64;
+  const struct pl_parts *parts_f32, *parts_f64;
 };
 
 extern const struct pl_kernels pl_kernels_scalar, pl_kernels_avx2, pl_kernels_avx512, pl_kernels_neon;

@@ -659,20 +659,19 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   for (int64_t i = 0; i < rows; i++) slots[i].row = FN(finish)(&slots[i]);
 }
 
-static void FN(reduce_long_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
-                                struct FN(slot) * slot, struct FN(row) * blocks)
+/* Blocks [first, last) of a long row. */
+static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                              struct FN(temperature) t, struct FN(slot) * slot, struct FN(row) * blocks)
 {
-  const int64_t count = FN(block_count)(task);
   const char *logits = FN(row_at)(task, &task->logits, r);
   const char *where = FN(row_at)(task, &task->where, r);
-  for (int64_t b = 0; b < count; b++) {
+  for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
     slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
     FN(start)(task, b, FN(maximum)(slot->x, n), t, next, next, slot);
     blocks[b] = FN(finish)(slot);
   }
-  slot->row = FN(join_blocks)(blocks, count, t);
 }
 
 static inline VEC FN(scaled)(VEC term, struct FN(closing) f)
@@ -718,8 +717,9 @@ static void FN(write_block)(const REAL *x, REAL *room, REAL *result, int64_t n, 
   }
 }
 
-static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t end, struct FN(temperature) t,
-                             const struct FN(slot) * slot, struct FN(closing) f)
+/* The results of a row; of those that are as long as the row, its blocks [first, last). */
+static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                             struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
 {
   const int64_t classes = task->classes;
   const int64_t count = FN(block_count)(task);
@@ -761,7 +761,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t end,
   const bool streamed = native && task->outer * task->inner * classes * (int64_t)sizeof(REAL) >= STREAM_BYTES;
   const bool direct = native && !streamed;
   REAL dot = 0, dot_lo = 0, mass = 0, mass_lo = 0;
-  for (int64_t b = 0; b < count; b++) {
+  for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room);
     if (task->operation == PL_SOFTMAX_CROSS_ENTROPY) {

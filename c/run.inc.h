@@ -8,13 +8,19 @@ static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
   return task->classes <= TILE && task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
 }
 
-static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
+static struct FN(temperature) FN(invert)(const struct pl_task *task)
 {
-  struct FN(scratch) scratch;
   struct FN(temperature) t;
   const REAL temperature = (REAL)task->temperature;
   t.inverse = 1 / temperature;
   t.inverse_lo = FMA(-temperature, t.inverse, 1) * t.inverse;
+  return t;
+}
+
+static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
+{
+  struct FN(scratch) scratch;
+  const struct FN(temperature) t = FN(invert)(task);
   int64_t bad = -1;
 
   if (FN(by_tile)(task, end - begin)) {
@@ -59,7 +65,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     if (blocks == 1) {
       FN(reduce_short_rows)(task, r, rows, end, t, slots);
     } else {
-      FN(reduce_long_row)(task, r, end, t, slots, joined);
+      FN(reduce_blocks)(task, r, 0, blocks, end, t, slots, joined);
+      slots->row = FN(join_blocks)(joined, blocks, t);
     }
     for (int64_t i = 0; i < rows; i++) {
       max[i] = slots[i].row.max;
@@ -68,7 +75,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     }
     FN(close_rows)(task->operation, max, sum, sum_lo, &f);
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t found = FN(write_row)(task, r + i, end, t, &slots[i], FN(closing_of)(&f, i));
+      const int64_t found = FN(write_row)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
       if (bad == -1) bad = found;
     }
   }
@@ -78,3 +85,33 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   free(top_x);
   return bad;
 }
+
+/* Part of a long row, so that threads can share it. */
+
+static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
+{
+  struct FN(scratch) scratch;
+  struct FN(slot) slot = {.room = scratch.x, .e = scratch.e};
+  FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
+}
+
+static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *blocks)
+{
+  struct FN(scratch) scratch;
+  struct FN(closings) f;
+  const struct FN(temperature) t = FN(invert)(task);
+  struct FN(slot) slot = {.room = scratch.x, .e = scratch.e};
+  slot.row = FN(join_blocks)(blocks, FN(block_count)(task), t);
+  REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
+  FN(close_rows)(task->operation, max, sum, sum_lo, &f);
+  const int64_t bad = FN(write_row)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
+  pl_stream_end();
+  return bad;
+}
+
+static const struct pl_parts FN(parts) = {
+    .block = BLOCK,
+    .numbers_size = sizeof(struct FN(row)),
+    .reduce = FN(reduce_part),
+    .write = FN(write_part),
+};

@@ -28,7 +28,7 @@ class Backend(NamedTuple):
 
 # In order of preference: the first that is there and is not ruled out by a forced choice runs the call.
 TABLE = (
-    Backend("c", "pylogits._simd", "pylogits._c", serial_below=1 << 16),
+    Backend("c", "pylogits._simd", "pylogits._c", serial_below=1 << 15),
     Backend("numba", "pylogits.kernels.cpu", "numba", serial_below=1 << 17),
     Backend("reference", "pylogits._reference", "numpy", serial_below=1 << 62),
 )
