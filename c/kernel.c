@@ -23,11 +23,12 @@
 #define LINES_PER_GROUP 4
 #define BLOCK_BYTES 16384
 #define TILE 1024         /* classes in a tile at most: its two buffers are then 64 KiB each */
-#define TILES 4           /* that go through the steps together */
+#define TILES 8           /* that go through the steps together */
 #define BATCH_BYTES 16384 /* of rows that go through the steps together, so that they are still in the first-level cache */
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
 #define STREAM_BYTES (32 << 20)
 #define GROUP (LINES_PER_GROUP * LANES)
+#define ROOM (TILE * LANES)
 #define BLOCK (BLOCK_BYTES / (int64_t)sizeof(REAL))
 #define VEC_LANES ((int)(sizeof(VEC) / sizeof(REAL)))
 #define LINE_VECS (LANES / VEC_LANES)

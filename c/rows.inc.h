@@ -19,10 +19,6 @@ struct FN(row) {
   REAL dot;         /* PL_SCORE: of exp(x - max) * (max - x) / temperature */
 };
 
-struct FN(scratch) {
-  REAL x[TILE * LANES], e[TILE * LANES]; /* a block of a long row, or a tile of short rows: [class][row] */
-};
-
 struct FN(temperature) {
   REAL inverse, inverse_lo; /* 1 / temperature as a pair */
 };

@@ -19,17 +19,19 @@ static struct FN(temperature) FN(invert)(const struct pl_task *task)
 
 static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
 {
-  struct FN(scratch) scratch;
+  REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
   const struct FN(temperature) t = FN(invert)(task);
   int64_t bad = -1;
 
   if (FN(by_tile)(task, end - begin)) {
     struct FN(tile) tiles[TILES];
-    const int64_t fitting = TILE / task->classes;
+    const bool labelled = task->operation == PL_SOFTMAX_CROSS_ENTROPY;
+    const int64_t tile_size = task->classes * LANES;
+    const int64_t fitting = (int64_t)(sizeof scratch / sizeof(REAL)) / (labelled ? 2 * tile_size : tile_size);
     const int64_t most = fitting < TILES ? fitting : TILES;
     for (int64_t i = 0; i < most; i++) {
-      tiles[i].x = scratch.x + i * task->classes * LANES;
-      tiles[i].e = scratch.e + i * task->classes * LANES;
+      tiles[i].x = scratch + i * tile_size;
+      tiles[i].e = labelled ? scratch + (most + i) * tile_size : NULL;
     }
     for (int64_t r = begin; r < end; r += most * LANES) {
       const int64_t rows = end - r < most * LANES ? end - r : most * LANES;
@@ -53,8 +55,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   if (kept && !(top_x = malloc((size_t)(batch * kept) * sizeof *top_x))) bad = -2;
   for (int64_t i = 0; i < batch; i++) {
     slots[i].dot = 0;
-    slots[i].room = scratch.x + i * row_size;
-    slots[i].e = scratch.e + i * row_size;
+    slots[i].room = scratch + i * row_size;
+    slots[i].e = scratch + ROOM + i * row_size;
     slots[i].top_index = top_index + i * kept;
     slots[i].top_x = top_x + i * kept;
   }
@@ -90,17 +92,17 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
 
 static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
 {
-  struct FN(scratch) scratch;
-  struct FN(slot) slot = {.room = scratch.x, .e = scratch.e};
+  REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
+  struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};
   FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
 }
 
 static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *blocks)
 {
-  struct FN(scratch) scratch;
+  REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
   struct FN(closings) f;
   const struct FN(temperature) t = FN(invert)(task);
-  struct FN(slot) slot = {.room = scratch.x, .e = scratch.e};
+  struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};
   slot.row = FN(join_blocks)(blocks, FN(block_count)(task), t);
   REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
   FN(close_rows)(task->operation, max, sum, sum_lo, &f);

@@ -1,17 +1,29 @@
 /* LANES short rows at once, once for float and once for double: the tree of rows.inc.h with the rows in the lanes. A tile
  * holds [class][row], so that a step of the tree is one vector operation for all its rows. */
 
-/* Pointers to the rows of a tile; true where they lie side by side, as with a class axis that is not the last. */
-static bool FN(row_pointers)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype,
-                             char **base)
+/* Whether rows lie side by side, as they do with a class axis that is not the last, and as one number a row does. */
+static inline bool FN(adjacent)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype)
 {
-  bool adjacent = true;
-  base[0] = FN(row_at)(task, view, r);
-  for (int64_t l = 1; l < rows; l++) {
-    base[l] = FN(row_at)(task, view, r + l);
-    adjacent &= base[l] == base[0] + l * pl_itemsize(dtype);
-  }
-  return adjacent;
+  const int64_t stride = task->inner == 1 ? view->outer : view->inner;
+  return stride == pl_itemsize(dtype) && (task->inner == 1 || r % task->inner + rows <= task->inner);
+}
+
+/* The same class of `count` full tiles is one strip of memory, and is moved as one: class by class and tile by tile, each line
+ * of a tall array would come from another page. */
+static void FN(load_strips)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t count, REAL *const *x)
+{
+  const char *base = FN(row_at)(task, view, r);
+  for (int64_t c = 0; c < task->classes; c++, base += view->classes)
+    for (int64_t i = 0; i < count; i++) EACH_VEC(v)
+  FN(vec_store)(x[i] + c * LANES + v, FN(vec_load)((const REAL *)(const void *)base + i * LANES + v));
+}
+
+static void FN(store_strips)(const struct pl_task *task, int64_t r, int64_t count, REAL *const *x)
+{
+  char *base = FN(row_at)(task, &task->out, r);
+  for (int64_t c = 0; c < task->classes; c++, base += task->out.classes)
+    for (int64_t i = 0; i < count; i++)
+      EACH_VEC(v) FN(vec_store)((REAL *)(void *)base + i * LANES + v, FN(vec_load)(x[i] + c * LANES + v));
 }
 
 /* Whether rows are contiguous and long enough to be moved in blocks of ACROSS x ACROSS. */
@@ -23,16 +35,17 @@ static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
 /* Missing rows of the last tile are zeros. */
 static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows, REAL *x)
 {
-  char *base[LANES];
-  const bool adjacent = FN(row_pointers)(task, view, r, rows, dtype, base);
   const int64_t classes = task->classes;
+  char *base[LANES];
   int64_t l = 0;
   if (rows < LANES) memset(x, 0, (size_t)(classes * LANES) * sizeof *x);
-  if (adjacent) {
+  if (FN(adjacent)(task, view, r, rows, dtype)) {
+    const char *first = FN(row_at)(task, view, r);
     for (int64_t c = 0; c < classes; c++)
-      FN(load_many)(x + c * LANES, base[0] + c * view->classes, pl_itemsize(dtype), rows, dtype);
+      FN(load_many)(x + c * LANES, first + c * view->classes, pl_itemsize(dtype), rows, dtype);
     return;
   }
+  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, view->classes, dtype)) {
     for (; l + ACROSS <= rows; l += ACROSS) {
       for (int64_t c = 0; c < classes; c += ACROSS) {
@@ -50,14 +63,16 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
 
 static void FN(store_tile)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *x)
 {
-  char *base[LANES];
   const int dtype = task->out_dtype;
   const int64_t classes = task->classes, stride = task->out.classes;
+  char *base[LANES];
   int64_t l = 0;
-  if (FN(row_pointers)(task, &task->out, r, rows, dtype, base)) {
-    for (int64_t c = 0; c < classes; c++) FN(store_many)(base[0] + c * stride, x + c * LANES, pl_itemsize(dtype), rows, dtype);
+  if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
+    char *first = FN(row_at)(task, &task->out, r);
+    for (int64_t c = 0; c < classes; c++) FN(store_many)(first + c * stride, x + c * LANES, pl_itemsize(dtype), rows, dtype);
     return;
   }
+  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, &task->out, r + i);
   if (FN(in_blocks)(classes, stride, dtype)) {
     for (; l + ACROSS <= rows; l += ACROSS) {
       for (int64_t c = 0; c < classes; c += ACROSS) {
@@ -84,30 +99,75 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
   }
 }
 
-/* e holds the terms of the sum, those of the maximum counted in ones; `keep` leaves every term in `terms` as well. */
-INLINE void FN(exp_lines)(const REAL *x, REAL *e, REAL *terms, int64_t classes, const struct FN(origin) * o, bool keep,
-                          REAL *ones)
+/* The tree's lanes of LANES rows: [lane][row]. */
+struct FN(tree) {
+  REAL sum[LANES][LANES], lo[LANES][LANES];
+};
+
+/* One class of LANES rows: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the logits.
+ */
+INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool keep, VEC *ones)
 {
-  const VEC one = FN(vec_fill)(1);
-  VEC count = FN(vec_fill)(0);
-#pragma GCC unroll 4
-  for (int64_t c = 0; c < classes * LANES; c += LANES) {
-    const VEC logits = FN(vec_load)(x + c);
-    const VEC term = FN(terms)(logits, o);
-    count = count + (one - FN(vec_unless_equal)(one, logits, o->max));
-    FN(vec_store)(e + c, FN(vec_unless_equal)(term, logits, o->max));
-    if (keep) FN(vec_store)(terms + c, term);
+  const VEC one = FN(vec_fill)(1), logits = FN(vec_load)(x) - shift;
+  const VEC term = FN(terms)(logits, o);
+  if (keep) FN(vec_store)(x, term);
+  *ones = *ones + (one - FN(vec_unless_equal)(one, logits, o->max));
+  return FN(vec_unless_equal)(term, logits, o->max);
+}
+
+/* A step of TwoSum for the rows of one vector, as a pair with `lo`. */
+INLINE void FN(add_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, VEC lo)
+{
+  const VEC before = FN(vec_load)(lane);
+  const VEC hi = before + sum;
+  const VEC seen = hi - before;
+  FN(vec_store)(lane, hi);
+  FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + ((before - (hi - seen)) + (sum - seen)));
+}
+
+/* Steps 1 and 2 for the rows of one vector, the maxima given. What is left over from whole groups goes line by line, so that
+ * there is no branch in the loops. */
+INLINE void FN(plant)(REAL *x, int64_t classes, const struct FN(origin) * o, VEC shift, bool keep, REAL *sum, REAL *lo,
+                      REAL *ones)
+{
+  const VEC zero = FN(vec_fill)(0);
+  const int64_t whole = classes / GROUP * GROUP, line = LANES * LANES;
+  VEC count = zero, group[LANES];
+  for (int j = 0; j < LANES; j++) {
+    FN(vec_store)(sum + j * LANES, zero);
+    FN(vec_store)(lo + j * LANES, zero);
+    group[j] = zero;
   }
+  for (int64_t c = 0; c < whole; c += GROUP) {
+    for (int64_t j = 0; j < LANES; j++) {
+      REAL *at = x + (c + j) * LANES;
+      const VEC a = FN(tile_term)(at, o, shift, keep, &count), b = FN(tile_term)(at + line, o, shift, keep, &count);
+      const VEC d = FN(tile_term)(at + 2 * line, o, shift, keep, &count);
+      const VEC e = FN(tile_term)(at + 3 * line, o, shift, keep, &count);
+      FN(add_to_lane)(sum + j * LANES, lo + j * LANES, (a + b) + (d + e), zero);
+    }
+  }
+  REAL *rest = x + whole * LANES;
+  const int64_t left = classes - whole;
+#define LEFT(i) (left - (i)*LANES < LANES ? left - (i)*LANES : LANES)
+  for (int64_t j = 0; j < LEFT(0); j++) group[j] = FN(tile_term)(rest + j * LANES, o, shift, keep, &count);
+  for (int64_t j = 0; j < LEFT(1); j++) group[j] = group[j] + FN(tile_term)(rest + line + j * LANES, o, shift, keep, &count);
+  for (int64_t j = 0; j < LEFT(2); j++) {
+    VEC second = FN(tile_term)(rest + 2 * line + j * LANES, o, shift, keep, &count);
+    if (j < LEFT(3)) second = second + FN(tile_term)(rest + 3 * line + j * LANES, o, shift, keep, &count);
+    group[j] = group[j] + second;
+  }
+  for (int64_t j = 0; j < LEFT(0); j++) FN(add_to_lane)(sum + j * LANES, lo + j * LANES, group[j], zero);
+#undef LEFT
   FN(vec_store)(ones, count);
 }
 
-/* Step 1; `keep` leaves the terms in x, in place of the logits. */
-static void FN(exp_tile)(REAL *x, REAL *e, int64_t classes, struct FN(temperature) t, bool keep, REAL *max, REAL *ones)
+/* Steps 1 and 2. */
+static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, struct FN(tree) * tree, REAL *max,
+                           REAL *ones)
 {
-  const REAL *from = x;
   const bool plain = t.inverse == 1 && t.inverse_lo == 0;
-  REAL near[LANES];
-  int any_far = 0;
+  REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   EACH_VEC(v)
   {
     VEC top = FN(vec_load)(x + v);
@@ -117,25 +177,22 @@ static void FN(exp_tile)(REAL *x, REAL *e, int64_t classes, struct FN(temperatur
   for (int l = 0; l < LANES; l++) {
     const int far = plain & FN(finite)(max[l]) & ((max[l] >= FAR) | (max[l] <= -FAR));
     near[l] = far ? 0 : max[l];
-    any_far |= far;
-  }
-  if (any_far) {
-    for (int64_t c = 0; c < classes; c++)
-      for (int l = 0; l < LANES; l++) e[c * LANES + l] = x[c * LANES + l] - (max[l] - near[l]);
-    from = e;
+    shift[l] = far ? max[l] : 0;
   }
   EACH_VEC(v)
   {
     struct FN(origin) o = FN(origin_at)(FN(vec_load)(near + v), t);
+    const VEC by = FN(vec_load)(shift + v);
+    REAL *sum = tree->sum[0] + v, *lo = tree->lo[0] + v;
     if (!plain) {
-      FN(exp_lines)(from + v, e + v, x + v, classes, &o, keep, ones + v);
+      FN(plant)(x + v, classes, &o, by, keep, sum, lo, ones + v);
       continue;
     }
     o.plain = true; /* as the compiler now knows */
     if (keep) {
-      FN(exp_lines)(from + v, e + v, x + v, classes, &o, true, ones + v);
+      FN(plant)(x + v, classes, &o, by, true, sum, lo, ones + v);
     } else {
-      FN(exp_lines)(from + v, e + v, x + v, classes, &o, false, ones + v);
+      FN(plant)(x + v, classes, &o, by, false, sum, lo, ones + v);
     }
   }
 }
@@ -143,54 +200,50 @@ static void FN(exp_tile)(REAL *x, REAL *e, int64_t classes, struct FN(temperatur
 /* One result a row. */
 static void FN(store_line)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *result)
 {
-  char *base[LANES];
   const int dtype = task->out_dtype;
-  if (FN(row_pointers)(task, &task->out, r, rows, dtype, base)) {
-    FN(store_many)(base[0], result, pl_itemsize(dtype), rows, dtype);
+  if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
+    FN(store_many)(FN(row_at)(task, &task->out, r), result, pl_itemsize(dtype), rows, dtype);
   } else {
-    for (int64_t l = 0; l < rows; l++) FN(store)(base[l], result[l], dtype);
+    for (int64_t l = 0; l < rows; l++) FN(store)(FN(row_at)(task, &task->out, r + l), result[l], dtype);
   }
 }
 
-/* Steps 2 and 3: the sums over the classes of each row, as pairs. */
-static void FN(sum_tile)(const REAL *restrict e, int64_t classes, REAL *restrict sum, REAL *restrict sum_lo)
+/* Step 3: the sums of the rows as pairs. */
+static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, REAL *sum_lo)
 {
-  static const REAL zeros[LANES] = {0};
-  REAL s[LANES][LANES], s_lo[LANES][LANES]; /* [lane of the tree][row] */
   const int64_t used = classes < LANES ? classes : LANES;
-  memcpy(s, e, sizeof s[0] * (size_t)used); /* the first line of each lane, added to zeros */
-  memset(s_lo, 0, sizeof s_lo[0] * (size_t)used);
-  for (int64_t c = classes > LANES ? 0 : classes; c < classes; c += GROUP) {
-    for (int64_t j = 0; j < LANES && c + j < classes; j++) {
-      const REAL *line[LINES_PER_GROUP];
-      for (int64_t i = 0; i < LINES_PER_GROUP; i++) {
-        const int64_t from = c + i * LANES + j;
-        line[i] = from < classes ? e + from * LANES : zeros;
-      }
-      for (int l = 0; l < LANES; l++) {
-        REAL lo;
-        const REAL before = c ? s[j][l] : 0;
-        s[j][l] = FN(two_sum)(before, (line[0][l] + line[1][l]) + (line[2][l] + line[3][l]), &lo);
-        s_lo[j][l] += lo;
-      }
-    }
-  }
   for (int64_t half = LANES / 2; half; half /= 2) {
     for (int64_t j = 0; j < half && j + half < used; j++) {
-      for (int l = 0; l < LANES; l++) {
-        REAL lo;
-        s[j][l] = FN(two_sum)(s[j][l], s[j + half][l], &lo);
-        s_lo[j][l] = (s_lo[j][l] + s_lo[j + half][l]) + lo;
-      }
+      EACH_VEC(v)
+      FN(add_to_lane)
+      (tree->sum[j] + v, tree->lo[j] + v, FN(vec_load)(tree->sum[j + half] + v), FN(vec_load)(tree->lo[j + half] + v));
     }
   }
   for (int l = 0; l < LANES; l++) {
     REAL lo;
-    const REAL hi = FN(fast_two_sum)(s[0][l], s_lo[0][l], &lo);
-    const bool finite = FN(finite)(s[0][l]);
-    sum[l] = finite ? hi : s[0][l];
+    const REAL hi = FN(fast_two_sum)(tree->sum[0][l], tree->lo[0][l], &lo);
+    const bool finite = FN(finite)(tree->sum[0][l]);
+    sum[l] = finite ? hi : tree->sum[0][l];
     sum_lo[l] = finite ? lo : 0;
   }
+}
+
+/* Steps 2 and 3 for numbers that are no exponentials. */
+static void FN(sum_tile)(const REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
+{
+  struct FN(tree) tree = {0};
+  for (int64_t c = 0; c < classes; c += GROUP) {
+    for (int64_t j = 0; j < LANES && c + j < classes; j++) {
+      for (int l = 0; l < LANES; l++) {
+        REAL term[LINES_PER_GROUP] = {0}, lo;
+        for (int64_t i = 0; i < LINES_PER_GROUP && c + i * LANES + j < classes; i++)
+          term[i] = e[(c + i * LANES + j) * LANES + l];
+        tree.sum[j][l] = FN(two_sum)(tree.sum[j][l], (term[0] + term[1]) + (term[2] + term[3]), &lo);
+        tree.lo[j][l] += lo;
+      }
+    }
+  }
+  FN(join_tree)(&tree, classes, sum, sum_lo);
 }
 
 /* As in reduce_block: a row without a finite maximum has no sum, but a NaN in it must show. */
@@ -207,7 +260,8 @@ static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL
 /* A tile under way. */
 struct FN(tile) {
   int64_t r, rows;
-  REAL *x, *e; /* [class][row] */
+  REAL *x, *e; /* logits and, for PL_SOFTMAX_CROSS_ENTROPY, labels: [class][row] */
+  struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
 };
@@ -223,6 +277,7 @@ static void FN(close_tile)(const struct pl_task *task, struct FN(tile) * tile)
   FN(close_rows)(task->operation, tile->max, tile->sum, tile->sum_lo, &tile->f);
 }
 
+/* The results: stored where they are a number a row, left in x where they are as many as the logits. */
 static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const int64_t classes = task->classes, r = tile->r, rows = tile->rows;
@@ -235,14 +290,12 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
       for (int64_t c = 0; c < classes; c++)
         for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FN(closing_of)(&tile->f, l));
       FN(mask_tile)(task, r, rows, x, 0);
-      FN(store_tile)(task, r, rows, x);
       return -1;
     case PL_LOG_SOFTMAX:
       for (int64_t c = 0; c < classes; c++)
         for (int l = 0; l < LANES; l++)
           x[c * LANES + l] = FN(log_probability)(x[c * LANES + l], tile->max[l], FN(closing_of)(&tile->f, l), t);
       FN(mask_tile)(task, r, rows, x, -INFINITY);
-      FN(store_tile)(task, r, rows, x);
       return -1;
     case PL_LOGSUMEXP:
       for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(tile->max[l], tile->sum[l], FN(closing_of)(&tile->f, l), t);
@@ -286,21 +339,29 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
 static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(temperature) t,
                              struct FN(tile) * tiles, int64_t count)
 {
+  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const bool full = rows == count * LANES && task->dtype == NATIVE_DTYPE && task->out_dtype == NATIVE_DTYPE;
+  const bool strips = full && FN(adjacent)(task, &task->logits, r, rows, task->dtype);
+  const bool out_strips = full && FN(adjacent)(task, &task->out, r, rows, task->out_dtype);
+  REAL *x[TILES];
   int64_t bad = -1;
   for (int64_t i = 0; i < count; i++) {
-    struct FN(tile) *tile = &tiles[i];
-    tile->r = r + i * LANES;
-    tile->rows = rows - i * LANES < LANES ? rows - i * LANES : LANES;
-    FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, tile->x);
-    FN(mask_tile)(task, tile->r, tile->rows, tile->x, -INFINITY);
+    tiles[i].r = r + i * LANES;
+    tiles[i].rows = rows - i * LANES < LANES ? rows - i * LANES : LANES;
+    x[i] = tiles[i].x;
+    if (!strips) FN(load_tile)(task, &task->logits, task->dtype, tiles[i].r, tiles[i].rows, x[i]);
   }
+  if (strips) FN(load_strips)(task, &task->logits, r, count, x);
+  for (int64_t i = 0; i < count; i++) FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
   for (int64_t i = 0; i < count; i++)
-    FN(exp_tile)(tiles[i].x, tiles[i].e, task->classes, t, task->operation == PL_SOFTMAX, tiles[i].max, tiles[i].ones);
-  for (int64_t i = 0; i < count; i++) FN(sum_tile)(tiles[i].e, task->classes, tiles[i].sum, tiles[i].sum_lo);
+    FN(plant_tile)(x[i], task->classes, t, task->operation == PL_SOFTMAX, &tiles[i].tree, tiles[i].max, tiles[i].ones);
+  for (int64_t i = 0; i < count; i++) FN(join_tree)(&tiles[i].tree, task->classes, tiles[i].sum, tiles[i].sum_lo);
   for (int64_t i = 0; i < count; i++) FN(close_tile)(task, &tiles[i]);
   for (int64_t i = 0; i < count; i++) {
     const int64_t found = FN(write_tile)(task, &tiles[i], t);
     if (bad == -1) bad = found;
+    if (whole && !out_strips) FN(store_tile)(task, tiles[i].r, tiles[i].rows, x[i]);
   }
+  if (whole && out_strips) FN(store_strips)(task, r, count, x);
   return bad;
 }
