@@ -35,8 +35,10 @@ struct pl_task {
  * nothing was written (unless labels changed while it ran: then the rows so hit hold NaN). -2: out of memory. */
 int64_t pl_run(const struct pl_task *task, int threads);
 
-/* PL_SOFTMAX and PL_LOG_SOFTMAX of C-contiguous logits, `size` in all, whose last axis are the classes. */
-void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t size, int64_t classes, int threads);
+/* The same for C-contiguous arrays, `size` logits in all, whose last axis are the classes; labels for
+ * PL_SPARSE_SOFTMAX_CROSS_ENTROPY only. */
+int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
+                          int64_t classes, int threads);
 
 /* The instruction sets of this build that this machine and its OS support, best first, and the one in use. */
 int pl_isa_count(void);

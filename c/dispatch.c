@@ -312,9 +312,11 @@ int64_t pl_run(const struct pl_task *task, int threads)
   return run_range(kernels, task, 0, rows);
 }
 
-void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, int64_t size, int64_t classes, int threads)
+int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
+                          int64_t classes, int threads)
 {
   const int64_t item = pl_itemsize(dtype);
+  const bool whole = operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
   const struct pl_task task = {
       .operation = operation,
       .dtype = dtype,
@@ -325,7 +327,8 @@ void pl_run_contiguous(int operation, int dtype, const void *logits, void *out, 
       .picks = 1,
       .temperature = 1,
       .logits = {(void *)logits, classes * item, item, item},
-      .out = {out, classes * item, item, item},
+      .labels = {(void *)labels, sizeof(int64_t), sizeof(int64_t), sizeof(int64_t)},
+      .out = {out, whole ? classes * item : item, item, item},
   };
-  pl_run(&task, threads);
+  return pl_run(&task, threads);
 }

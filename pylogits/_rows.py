@@ -26,7 +26,8 @@ Kernel = Callable[..., int | None]
 # A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
 PIECE_BYTES = 1 << 20
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOAT32, _FLOAT64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
+_PER_ROW = frozenset({"logsumexp", "sparse_softmax_cross_entropy_with_logits"})  # one number a row
 _HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
 _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 
@@ -278,9 +279,17 @@ def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
 # ---- whole calls ----
 
 
-def run_contiguous(operation: str, logits: Any) -> Array | None:
-    """The common case of an output as large as the logits, straight into C; None where it isn't the common case."""
-    if type(logits) is not np.ndarray:
+def run_contiguous(
+    operation: str, logits: Any, labels: Any = None, axis: Any = -1, where: Any = None, temperature: Any = 1.0, out: Any = None
+) -> Any:
+    """The common case of an operation, straight into C; None where it isn't the common case.
+
+    That is C-contiguous logits, class axis last, no options, and int64 labels for the operation that has them. What may be
+    wrong with anything else, the general way says.
+    """
+    if where is not None or out is not None or type(axis) is not int or type(temperature) is not float:
+        return None
+    if axis != -1 or temperature != 1.0 or type(logits) is not np.ndarray:
         return None
     dtype = logits.dtype
     # `carray`: C-contiguous, aligned, in native byte order (as these two dtypes are) and writeable, in one look-up.
@@ -289,12 +298,19 @@ def run_contiguous(operation: str, logits: Any) -> Array | None:
     shape, size = logits.shape, logits.size
     if not (shape and size):
         return None
+    rows = shape[:-1] if operation in _PER_ROW else shape
+    if labels is not None and not (
+        type(labels) is np.ndarray and labels.dtype is _INT64 and labels.flags.carray and labels.shape == rows
+    ):
+        return None
     module, threads = _dispatch.select(dtype, size)
     if module.__name__ != _dispatch.C_MODULE:
         return None
-    out = np.empty(shape, dtype)
-    module.run_contiguous(operation, dtype, logits, out, size, shape[-1], threads)
-    return out
+    result = np.empty(rows, dtype)
+    status = module.run_contiguous(operation, dtype, logits, labels, result, size, shape[-1], threads)
+    if status != -1 and labels is not None:
+        raise_bad_label(labels, "label", shape[-1])
+    return result if rows else result[()]
 
 
 def same_memory(a: Array, b: Array) -> bool:

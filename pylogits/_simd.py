@@ -21,7 +21,13 @@ DTYPES = frozenset(_CODES)
 # Looked up once: a small call is little more than its look-ups.
 _from_buffer = ffi.from_buffer
 _run_contiguous = lib.pl_run_contiguous
-_OPERATIONS = {"softmax": lib.PL_SOFTMAX, "log_softmax": lib.PL_LOG_SOFTMAX}
+NULL = ffi.NULL
+_OPERATIONS = {
+    "softmax": lib.PL_SOFTMAX,
+    "log_softmax": lib.PL_LOG_SOFTMAX,
+    "logsumexp": lib.PL_LOGSUMEXP,
+    "sparse_softmax_cross_entropy_with_logits": lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
+}
 
 
 def _run(
@@ -116,10 +122,26 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
 
 
 def run_contiguous(
-    operation: str, dtype: np.dtype[Any], logits: Array, out: Array, size: int, classes: int, threads: int
-) -> None:
-    """softmax and log_softmax of C-contiguous arrays of `size` elements, without the views and the task of the general way."""
-    _run_contiguous(_OPERATIONS[operation], _CODES[dtype], _from_buffer(logits), _from_buffer(out), size, classes, threads)
+    operation: str,
+    dtype: np.dtype[Any],
+    logits: Array,
+    labels: Array | None,
+    out: Array,
+    size: int,
+    classes: int,
+    threads: int,
+) -> int:
+    """An operation on C-contiguous arrays, `size` logits in all, without the views and the task of the general way."""
+    return _run_contiguous(  # type: ignore[no-any-return]
+        _OPERATIONS[operation],
+        _CODES[dtype],
+        _from_buffer(logits),
+        NULL if labels is None else _from_buffer(labels),
+        _from_buffer(out),
+        size,
+        classes,
+        threads,
+    )
 
 
 def max_threads() -> int:

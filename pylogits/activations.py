@@ -51,10 +51,9 @@ def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: flo
     array([[0.2279, 0.6194, 0.1527],
            [0.4967, 0.202 , 0.3013]])
     """
-    if axis == -1 and where is None and out is None and type(temperature) is float and temperature == 1.0:
-        result = _rows.run_contiguous("softmax", logits)
-        if result is not None:
-            return result
+    result = _rows.run_contiguous("softmax", logits, None, axis, where, temperature, out)
+    if result is not None:
+        return result
     return _rows.run_full("softmax", logits, axis, where, temperature, out)
 
 
@@ -91,10 +90,9 @@ def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature:
     >>> pylogits.log_softmax([0.0, 40.0])
     array([-4.00000000e+01, -4.24835426e-18])
     """
-    if axis == -1 and where is None and out is None and type(temperature) is float and temperature == 1.0:
-        result = _rows.run_contiguous("log_softmax", logits)
-        if result is not None:
-            return result
+    result = _rows.run_contiguous("log_softmax", logits, None, axis, where, temperature, out)
+    if result is not None:
+        return result
     return _rows.run_full("log_softmax", logits, axis, where, temperature, out)
 
 
@@ -141,6 +139,9 @@ def logsumexp(
     >>> pylogits.logsumexp([1000.0, 1000.0])
     np.float64(1000.6931471805599)
     """
+    plain = None if keepdims else _rows.run_contiguous("logsumexp", logits, None, axis, where, temperature, out)
+    if plain is not None:
+        return plain
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     axes = _rows.check_axis(axis, array.ndim)

@@ -113,6 +113,10 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     >>> pylogits.sparse_softmax_cross_entropy_with_logits(labels=[1, 2], logits=logits)
     array([0.4790107 , 1.19967598])
     """
+    operation = "sparse_softmax_cross_entropy_with_logits"
+    plain = None if labels is None else _rows.run_contiguous(operation, logits, labels, axis, out=out)
+    if plain is not None:
+        return plain
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
