@@ -636,21 +636,52 @@ static struct FN(row) FN(finish)(const struct FN(slot) * slot)
   return row;
 }
 
+/* Whether rows go the common way: temperature 1, and maxima that are neither infinite nor large. */
+static bool FN(all_near)(const REAL *max, int64_t rows, struct FN(temperature) t)
+{
+  bool near = t.inverse == 1 && t.inverse_lo == 0;
+  for (int64_t i = 0; i < rows; i++) near &= max[i] > -FAR && max[i] < FAR;
+  return near;
+}
+
+/* start_block for such rows, in one loop for all: the constants stay in registers. */
+INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n, const REAL *max, struct FN(temperature) t,
+                                const REAL *const *next, const REAL *const *to, bool keep)
+{
+  REAL tail[GROUP];
+  const int64_t whole = n / GROUP * GROUP;
+  for (int64_t i = 0; i < rows; i++) {
+    struct FN(block) *block = &slots[i].block;
+    const REAL *x = slots[i].x;
+    struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max[i]), t);
+    o.plain = true; /* as the compiler now knows */
+    if (whole < n) FN(pad)(tail, x + whole, n - whole);
+    block->max = max[i];
+    block->ones = FN(add_terms)(&block->lanes, x, slots[i].e, n, tail, &o, keep, next[i], to[i]);
+  }
+}
+
 /* Rows of one block: step by step, so that the operations of a step, each waiting for the one before, overlap with other
  * rows'. With the steps row by row, a row of 64 took twice as long. */
 static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t rows, int64_t end, struct FN(temperature) t,
                                   struct FN(slot) * slots)
 {
+  const int64_t n = task->classes;
   REAL max[LANES];
+  const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
-    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), FN(row_at)(task, &task->where, r + i), 0,
-                           task->classes, slots[i].room);
-    max[i] = FN(maximum)(slots[i].x, task->classes);
+    const char *where = FN(row_at)(task, &task->where, r + i);
+    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), where, 0, n, slots[i].room);
+    max[i] = FN(maximum)(slots[i].x, n);
+    next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
+    to[i] = task->operation == PL_SOFTMAX ? (const REAL *)(void *)FN(row_at)(task, &task->out, r + i) : next[i];
   }
-  for (int64_t i = 0; i < rows; i++) {
-    const REAL *next = FN(next_block)(task, r + i + rows - 1, task->classes, end, slots[i].room);
-    const REAL *to = task->operation == PL_SOFTMAX ? (const REAL *)(void *)FN(row_at)(task, &task->out, r + i) : next;
-    FN(start)(task, 0, max[i], t, next, to, &slots[i]);
+  if (task->operation == PL_SCORE || !FN(all_near)(max, rows, t)) {
+    for (int64_t i = 0; i < rows; i++) FN(start)(task, 0, max[i], t, next[i], to[i], &slots[i]);
+  } else if (task->operation == PL_SOFTMAX) {
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, true);
+  } else {
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, false);
   }
   for (int64_t i = 0; i < rows; i++) slots[i].row = FN(finish)(&slots[i]);
 }
