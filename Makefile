@@ -45,8 +45,16 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
 	$(BIN)/pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
 
+.PHONY: bench-limits
+bench-limits: $(VENV)/installed  ## times beside the peers and the limits of the memory, and the goals (LIMITS="--growth" for growth)
+	$(BIN)/python bench/limits.py $(LIMITS)
+
+.PHONY: accuracy
+accuracy: $(VENV)/installed  ## worst errors in ulp against extended precision, beside the peers that are installed
+	$(BIN)/python bench/accuracy.py
+
 .PHONY: peers
-peers: $(VENV)/installed  ## install torch, SciPy and onnxruntime for the benchmarks
+peers: $(VENV)/installed  ## install torch, JAX, SciPy and onnxruntime for the benchmarks
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[peers]"
 
 # ---- the C backend without Python ----

@@ -1,18 +1,20 @@
 """Who is timed: each backend of pylogits, and the same operation in other libraries.
 
-All get the same NumPy memory. A case with `out` has its result written to memory that is there
-before the call, by all who can; any other call goes the whole way, from NumPy array to NumPy array.
+All get the same NumPy memory, JAX a copy of it that is made before. A case with `out` has its result written to memory that
+is there before the call, by all who can; any other call goes the whole way, from NumPy array to NumPy array.
 """
 
 from contextlib import nullcontext
 
+import ml_dtypes
 import numpy as np
-from timed import arguments
+from timed import FULL_OPS, arguments
 
 import pylogits
 
 BACKENDS = ("c", "numba")
-PEERS = ("torch", "scipy", "onnxruntime")
+PEERS = ("torch", "jax", "scipy", "onnxruntime")
+SPARSE = "sparse_softmax_cross_entropy_with_logits"
 
 
 def prepare(name, case):
@@ -21,8 +23,9 @@ def prepare(name, case):
     logits, labels = given["logits"], given.get("labels")
     out = np.empty_like(logits) if case.out else None
     if name in BACKENDS:
-        return _ours(name, case.op, logits, labels, out)
-    return {"torch": _torch, "scipy": _scipy, "onnxruntime": _onnxruntime}[name](logits, labels, out)
+        return _ours(name, case, logits, labels, out)
+    maker = {"torch": _torch, "jax": _jax, "scipy": _scipy, "onnxruntime": _onnxruntime}[name]
+    return maker(case, logits, labels, out)
 
 
 def active(name):
@@ -30,54 +33,112 @@ def active(name):
     return pylogits.use_backend(name) if name in BACKENDS else nullcontext()
 
 
-def _ours(name, op, logits, labels, out):
+def _ours(name, case, logits, labels, out):
     try:
         with active(name):
             pass
     except ValueError as error:
         raise ImportError(error) from None
-    if op != "softmax":
-        loss = pylogits.sparse_softmax_cross_entropy_with_logits
-        return lambda: loss(labels=labels, logits=logits)
-    if out is None:
-        return lambda: pylogits.softmax(logits)
-    return lambda: pylogits.softmax(logits, out=out)
+    function, axis = getattr(pylogits, case.op), case.axis
+    if labels is not None:
+        return lambda: function(labels=labels, logits=logits, axis=axis)
+    if out is not None:
+        return lambda: function(logits, axis, out=out)
+    if axis == -1:
+        return lambda: function(logits)
+    return lambda: function(logits, axis)
 
 
-def _torch(logits, labels, out):
+def _torch(case, logits, labels, out):
     import torch
 
     torch.set_num_threads(pylogits.get_num_threads())
-    wrap = torch.from_numpy
+    axis = case.axis
+    if logits.dtype == ml_dtypes.bfloat16:
+
+        def wrap(array):
+            return (
+                torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.itemsize == 2 else torch.from_numpy(array)
+            )
+
+        def unwrap(tensor):
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        wrap, unwrap = torch.from_numpy, torch.Tensor.numpy
     if labels is not None:
         loss = torch.nn.functional.cross_entropy
-        return lambda: loss(wrap(logits), wrap(labels), reduction="none").numpy()
+        return lambda: unwrap(loss(wrap(logits), wrap(labels), reduction="none"))
+    function = getattr(torch, case.op)
     if out is None:
-        return lambda: torch.softmax(wrap(logits), 1).numpy()
+        return lambda: unwrap(function(wrap(logits), axis))
     x, target = wrap(logits), wrap(out)
-    return lambda: torch.softmax(x, 1, out=target).numpy()
+
+    def call():
+        function(x, axis, out=target)
+        return out
+
+    return call
 
 
-def _scipy(logits, labels, out):
-    from scipy.special import logsumexp, softmax
+def _jax(case, logits, labels, out):
+    import jax
+    from jax import numpy as jnp
 
-    if labels is None:
-        return lambda: softmax(logits, axis=1)
-    rows = np.arange(len(labels))
-    return lambda: logsumexp(logits, axis=1) - logits[rows, labels]
+    jax.config.update("jax_enable_x64", True)
+    axis = case.axis
+    if case.op == SPARSE:
+
+        def function(x, labels):
+            picked = jnp.take_along_axis(x, jnp.expand_dims(labels, axis), axis).squeeze(axis)
+            return jax.nn.logsumexp(x, axis) - picked
+    elif labels is not None:
+
+        def function(x, labels):
+            return -(labels * jax.nn.log_softmax(x, axis)).sum(axis)
+    else:
+
+        def function(x):
+            return getattr(jax.nn, case.op)(x, axis)
+
+    compiled = jax.jit(function)
+    given = [jax.device_put(array) for array in (logits, labels) if array is not None]
+    return lambda: np.asarray(compiled(*given))
 
 
-def _onnxruntime(logits, labels, out):
+def _scipy(case, logits, labels, out):
+    from scipy import special
+
+    if logits.dtype == ml_dtypes.bfloat16:
+        raise ImportError("SciPy does not know bfloat16")
+    axis = case.axis
+    if case.op == SPARSE:
+        picks = np.expand_dims(labels, axis)
+        return lambda: special.logsumexp(logits, axis) - np.take_along_axis(logits, picks, axis).squeeze(axis)
+    if labels is not None:
+        return lambda: -(labels * special.log_softmax(logits, axis)).sum(axis)
+    function = getattr(special, case.op)
+    return lambda: function(logits, axis)
+
+
+def _onnxruntime(case, logits, labels, out):
     import onnx
     import onnxruntime
     from onnx import helper
 
+    if logits.dtype == ml_dtypes.bfloat16:
+        raise ImportError("ONNX Runtime has no bfloat16 kernels for a CPU")
+    axis = case.axis % logits.ndim
     real = helper.np_dtype_to_tensor_dtype(logits.dtype)
     feed = {"logits": logits} if labels is None else {"logits": logits, "labels": labels}
-    if labels is None:
-        node = helper.make_node("Softmax", [*feed], ["result"], axis=1)
-    else:
+    if case.op == SPARSE:
         node = helper.make_node("SoftmaxCrossEntropyLoss", [*feed], ["result"], reduction="none")
+    elif labels is not None:
+        raise ImportError(f"ONNX has no {case.op}")
+    elif case.op in FULL_OPS:
+        kind = {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[case.op]
+        node = helper.make_node(kind, [*feed], ["result"], axis=axis)
+    else:
+        node = helper.make_node("ReduceLogSumExp", [*feed], ["result"], axes=[axis], keepdims=0)
     info = helper.make_tensor_value_info
     inputs = [info("logits", real, logits.shape), info("labels", onnx.TensorProto.INT64, ["rows"])]
     graph = helper.make_graph([node], "one", inputs[: len(feed)], [info("result", real, None)])

@@ -28,9 +28,9 @@ def turn(call, number):
     return [seconds / number for seconds in repeat(call, number=number, repeat=REPEATS)]
 
 
-def medians(case):
-    """Return the median seconds of a case by name, of those who can run it."""
-    calls, numbers = {}, {}
+def callers(case):
+    """Return the calls for a case by name, of those who can run it."""
+    calls = {}
     for name in (*BACKENDS, *PEERS):
         try:
             calls[name] = prepare(name, case)
@@ -38,9 +38,17 @@ def medians(case):
             continue
         with active(name):
             check(case, calls[name]())
-            numbers[name] = max(1, round(SAMPLE_SECONDS / min(turn(calls[name], 1))))
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    return calls
+
+
+def medians(calls, rounds=ROUNDS):
+    """Return the median seconds of calls by name."""
+    times, numbers = {}, {}
+    for name, call in calls.items():
+        times[name] = []
+        with active(name):
+            numbers[name] = max(1, round(SAMPLE_SECONDS / min(turn(call, 1))))
+    for _ in range(rounds):
         for name, call in calls.items():
             with active(name):
                 times[name] += turn(call, numbers[name])
@@ -67,7 +75,7 @@ def main():
     rows = []
     for case in TIMED:
         if case.dtype == "float32" and case.shape in SHAPES:
-            times = medians(case)
+            times = medians(callers(case))
             of = times.get("torch")
             cells = [cell(times[name], of) if name in times else "missing" for name in names]
             rows.append([label(case), *cells])

@@ -43,7 +43,6 @@ typedef float64x2_t vec_f64;
     return -(int)vaddvq_##U(vceqq_##T(x, y));                                                                                  \
   }
 
-/* The first n lanes; the others of a loaded vector are those of `rest`. */
 #define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \
   static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
   {                                                                                                                            \

@@ -13,6 +13,15 @@ typedef double vec_f64;
   {                                                                                                                            \
     *p = a;                                                                                                                    \
   }                                                                                                                            \
+  /* The first n lanes, n > 0; the others of a loaded vector are those of `rest`. */                                           \
+  static inline REAL vec_load_part_##T(const REAL *p, int64_t n, REAL rest)                                                    \
+  {                                                                                                                            \
+    return n ? *p : rest;                                                                                                      \
+  }                                                                                                                            \
+  static inline void vec_store_part_##T(REAL *p, int64_t n, REAL a)                                                            \
+  {                                                                                                                            \
+    if (n) *p = a;                                                                                                             \
+  }                                                                                                                            \
   static inline REAL vec_fill_##T(REAL a)                                                                                      \
   {                                                                                                                            \
     return a;                                                                                                                  \
@@ -48,24 +57,6 @@ typedef double vec_f64;
     return x == y;                                                                                                             \
   } /* lanes */
 
-/* The first n lanes; the others of a loaded vector are those of `rest`. */
-#define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \
-  static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
-  {                                                                                                                            \
-    REAL lanes[VEC_LANES];                                                                                                     \
-    vec_store_##T(lanes, rest);                                                                                                \
-    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];                                                                           \
-    return vec_load_##T(lanes);                                                                                                \
-  }                                                                                                                            \
-  static inline void vec_store_part_##T(REAL *p, int64_t n, VEC a)                                                             \
-  {                                                                                                                            \
-    REAL lanes[VEC_LANES];                                                                                                     \
-    vec_store_##T(lanes, a);                                                                                                   \
-    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];                                                                           \
-  }
-
 /* clang-format off */
 VEC_OPERATIONS(f32, float, uint32_t, __builtin_fmaf, 23)
 VEC_OPERATIONS(f64, double, uint64_t, __builtin_fma, 52)
-VEC_PARTS(f32, float, float, 1)
-VEC_PARTS(f64, double, double, 1)

@@ -1,119 +1,190 @@
-"""One row, one answer: a row's bits come from the row alone."""
+"""One row, one answer: a row's bits come from the row alone.
+
+The bits that a row must have are those that scalar C code makes of it alone. Every backend and instruction set has to make
+the same, wherever the row lies.
+"""
+
+from functools import cache
 
 import numpy as np
 import pytest
-from cases import LAYOUTS, OPS, lay_out
+from cases import LAYOUTS, OPS, dtype_of, lay_out
+from conftest import BACKENDS
 
 import pylogits
+from pylogits import Scores
 
-CLASSES = (1, 10, 37, 1000, 9001)
+pytestmark = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"], indirect=True)
+
+ALL_OPS = (*OPS, "score")
+FULL_OPS = ("softmax", "log_softmax")  # the result is as large as the logits
+CLASSES = (1, 3, 10, 33, 100, 1000, 4096, 4097, 9001)
+COUNTS = (1, 2, 3, 15, 16, 17, 64, 257, 4097)
+ELEMENTS = 200_000  # of a batch at most, but for threads
+
+# From a maximum of 256 (float32) or 2048 (float64) on, a row is moved towards zero first; a batch can hold both kinds.
+OFFSETS = {"near": [0], "300": [300], "5000": [5000], "mixed": [0, 300, -5000, 0, 5000, 0, -300]}
+
+# Rows that are drawn, and repeated to make a batch. Tiles have 8 or 16 rows: each of 7 comes to lie everywhere in them.
+DISTINCT = 7
+
+# The shape of the rows, and the axis that the classes then get.
+ARRANGEMENTS = {
+    "last axis": (lambda count: (count,), -1),
+    "first axis": (lambda count: (count,), 0),
+    "middle axis": (lambda count: (2, count // 2), 1),
+}
 
 
 @pytest.fixture(autouse=True)
-def c_backend(simd):
+def one_thread():
     threads = pylogits.get_num_threads()
-    with pylogits.use_backend("c"):
-        yield simd
+    pylogits.set_num_threads(1)
+    yield
     pylogits.set_num_threads(threads)
 
 
-def draw(op, rows, classes, dtype):
-    """Return random logits, and labels or indices, row by row."""
+def draw(op, classes, dtype, offsets):
+    """Return the arguments for DISTINCT rows: all arrays, the row first."""
     rng = np.random.default_rng(classes)
-    logits = (rng.standard_normal((rows, classes)) * 5).astype(dtype)
+    logits = rng.standard_normal((DISTINCT, classes)) * 5 + np.resize(offsets, (DISTINCT, 1))
+    arguments = {"logits": logits.astype(dtype)}
     if op == "softmax_cross_entropy_with_logits":
-        return {"logits": logits, "labels": rng.random((rows, classes)).astype(dtype)}
-    if op == "sparse_softmax_cross_entropy_with_logits":
-        return {"logits": logits, "labels": rng.integers(classes, size=rows)}
-    if op == "selective_log_softmax":
-        return {"logits": logits, "indices": rng.integers(classes, size=(rows, 3))}
-    return {"logits": logits}
+        arguments["labels"] = rng.random((DISTINCT, classes)).astype(dtype)
+    elif op == "sparse_softmax_cross_entropy_with_logits":
+        arguments["labels"] = rng.integers(classes, size=DISTINCT)
+    elif op == "selective_log_softmax":
+        arguments["indices"] = rng.integers(classes, size=(DISTINCT, 3))
+    elif op == "score":
+        arguments["targets"] = rng.integers(classes, size=DISTINCT)
+    return arguments
 
 
 def run(op, arguments, **options):
-    return getattr(pylogits, op)(**arguments, **options)
+    """Return all results of a call: one array, or the fields of Scores."""
+    if op == "score":
+        options["top_k"] = min(3, arguments["logits"].shape[options.get("axis", -1)])
+    result = getattr(pylogits, op)(**arguments, **options)
+    return result if isinstance(result, Scores) else (result,)
 
 
-def one_by_one(op, arguments):
-    """Return the results of each row alone."""
-    count = len(arguments["logits"])
-    rows = [{name: value[i : i + 1] for name, value in arguments.items()} for i in range(count)]
-    return np.concatenate([run(op, row) for row in rows])
-
-
-def same_bits(got, expected):
-    assert got.dtype == expected.dtype
-    assert got.tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("op", OPS)
-def test_batch_and_position(op, classes, dtype):
-    arguments = draw(op, 37, classes, dtype)
-    expected = one_by_one(op, arguments)
-    for rows in (1, 2, 7, 16, 17, 33, 37):
-        batch = {name: value[:rows] for name, value in arguments.items()}
-        same_bits(run(op, batch), expected[:rows])
-        batch = {name: value[-rows:] for name, value in arguments.items()}
-        same_bits(run(op, batch), expected[-rows:])
-
-
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("op", OPS)
-def test_instruction_set(op, classes, dtype, simd):
-    arguments = draw(op, 37, classes, dtype)
+@cache
+def given_and_expected(op, classes, dtype, offsets):
+    """Return the rows drawn, and the results of each by scalar C code alone."""
+    simd = pytest.importorskip("pylogits._simd")
+    arguments = draw(op, classes, dtype, OFFSETS[offsets])
+    isa = simd.isa()
     simd.use_isa("scalar")
-    expected = run(op, arguments)
-    for isa in simd.available_isas():
-        simd.use_isa(isa)
-        same_bits(run(op, arguments), expected)
+    with pylogits.use_backend("c"):
+        rows = [run(op, {name: value[i : i + 1] for name, value in arguments.items()}) for i in range(DISTINCT)]
+    simd.use_isa(isa)
+    return arguments, [np.concatenate(parts) for parts in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_numba(op, dtype):
-    pytest.importorskip("numba")
+def arrange(array, shape, axis):
+    """Return an array of rows with the rows in this shape and the classes, if it has any, at this axis."""
+    array = array.reshape(*shape, *array.shape[1:])
+    return np.ascontiguousarray(np.moveaxis(array, -1, axis)) if array.ndim > len(shape) else array
+
+
+def rearrange(array, shape, axis):
+    """Return the array of rows that `arrange` was given."""
+    if array.ndim > len(shape):
+        return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+    return array.reshape(-1)
+
+
+def place(array, layout):
+    """Return an array in a memory layout of `lay_out`, or as a part of a wider array of NaN."""
+    wider = {"every second": (2, np.s_[..., ::2]), "one off": (1, np.s_[..., 1:])}
+    if layout not in wider:
+        return lay_out(array, layout)
+    factor, part = wider[layout]
+    *shape, last = array.shape
+    view = np.full((*shape, last * factor + (layout == "one off")), np.nan, array.dtype)[part]
+    view[...] = array
+    return view
+
+
+def check(op, classes, dtype, offsets, count, arrangement="last axis", layout="contiguous", start=0, out=None):
+    """Run a batch, which starts with row `start` of those drawn, and compare each of its rows."""
+    given, expected = given_and_expected(op, classes, dtype, offsets)
+    rows = (start + np.arange(count)) % DISTINCT
+    shape, axis = ARRANGEMENTS[arrangement]
+    shape = shape(count)
+    arguments = {name: arrange(value[rows], shape, axis) for name, value in given.items()}
+    for name in ("logits", "labels"):
+        if name in arguments and arguments[name].dtype == dtype:
+            arguments[name] = place(arguments[name], layout)
+    options = {}
+    if out == "in place":
+        options["out"] = arguments["logits"]
+    elif out == "elsewhere":
+        options["out"] = place(np.zeros_like(arguments["logits"], dtype), layout)
+    results = run(op, arguments, axis=axis, **options)
+    for i, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        result = rearrange(np.asarray(result), shape, axis)
+        assert result.dtype == wanted.dtype
+        bits = f"u{wanted.itemsize}"
+        same = np.ascontiguousarray(result).view(bits) == wanted[rows].view(bits)
+        if not same.all():
+            where = [int(n) for n in np.argwhere(~same)[0]]
+            field = Scores._fields[i] if op == "score" else op
+            pytest.fail(
+                f"{field} of {count} x {classes} {offsets}, {arrangement}, {layout}, out {out}, from row {start}: "
+                f"{(~same).sum()} differ, first at {where}: {result[*where]!r}, not {wanted[rows][*where]!r}"
+            )
+
+
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_batch_and_position(op, backend, dtype, offsets):
     for classes in CLASSES:
-        arguments = draw(op, 37, classes, dtype)
-        expected = run(op, arguments)
-        with pylogits.use_backend("numba"):
-            same_bits(run(op, arguments), expected)
+        for count in COUNTS:
+            if count * classes <= ELEMENTS:
+                for start in range(DISTINCT) if count <= 3 else [0]:
+                    check(op, classes, dtype, offsets, count, start=start)
+                check(op, classes, dtype, offsets, count, "first axis")
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_threads(op, dtype):
-    for rows, classes in ((1, 500_000), (3, 200_001), (40_000, 10), (500, 1000)):
-        arguments = draw(op, rows, classes, dtype)
-        pylogits.set_num_threads(1)
-        expected = run(op, arguments)
-        for threads in (2, 3, 5):
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_threads(op, backend, dtype):
+    for count, classes in ((1, 300_001), (3, 100_003), (17, 9001), (257, 1000), (4097, 100), (20_001, 10)):
+        for threads in (1, 2, 3, 7):
             pylogits.set_num_threads(threads)
-            same_bits(run(op, arguments), expected)
+            check(op, classes, dtype, "mixed", count)
+            if threads == 2:
+                check(op, classes, dtype, "mixed", count, "first axis")
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "broadcast"])
-@pytest.mark.parametrize("op", OPS)
-def test_layout(op, layout, dtype):
+@pytest.mark.parametrize(("classes", "layout"), [(1000, "contiguous"), (9001, "one off")])
+@pytest.mark.parametrize("op", FULL_OPS)
+def test_streamed(op, backend, dtype, classes, layout):
+    """Results of 32 MiB and more bypass the caches, in whole vectors where they lie at multiples of one."""
+    count = (33 << 20) // (classes * dtype.itemsize)
+    check(op, classes, dtype, "mixed", count, layout=layout, out="elsewhere")
+
+
+@pytest.mark.parametrize("layout", [*(name for name in LAYOUTS if name != "broadcast"), "every second", "one off"])
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_layout(op, backend, layout, dtype):
+    outs = [None]
+    if op in FULL_OPS:
+        outs += ["elsewhere", "in place"]
+        if layout == "byteswapped":
+            outs = outs[:1]
     for classes in CLASSES:
-        arguments = draw(op, 18, classes, dtype)
-        expected = run(op, arguments)
-        logits = lay_out(arguments["logits"], layout)
-        same_bits(run(op, {**arguments, "logits": logits}), expected)
+        count = 70 if classes <= 1000 else 14
+        for arrangement in ARRANGEMENTS:
+            for out in outs:
+                check(op, classes, dtype, "mixed", count, arrangement, layout, out=out)
 
 
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", OPS)
-def test_axis(op, dtype):
+def test_half_precision_rounds_the_same_bits(op, backend, half):
     for classes in CLASSES:
-        arguments = draw(op, 35, classes, dtype)
-        expected = run(op, arguments)
-        turned = {name: np.ascontiguousarray(value.T) for name, value in arguments.items()}
-        result = run(op, turned, axis=0)
-        same_bits(np.ascontiguousarray(result.T), expected)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_half_precision_rounds_the_same_bits(op):
-    for classes in CLASSES:
-        arguments = draw(op, 18, classes, np.float16)
-        expected = run(op, {**arguments, "logits": arguments["logits"].astype(np.float32)})
-        result = run(op, arguments)
-        same_bits(result, expected.astype(result.dtype))
+        arguments = draw(op, classes, dtype_of(half), [0, 300])
+        (expected,) = run(op, {**arguments, "logits": arguments["logits"].astype(np.float32)})
+        (result,) = run(op, arguments)
+        assert result.tobytes() == expected.astype(result.dtype).tobytes()
