@@ -57,8 +57,8 @@ static inline VEC FN(exp_tail)(VEC r)
   return q;
 }
 
-/* exp(a + b + lo) * EXP_SCALE, where a + b + lo is near hi <= 0; exactly 0 for hi below EXP_LOWEST, where the true value
- * rounds to 0 in this type.
+/* exp(a + b + lo) * EXP_SCALE, where a + b + lo is near hi <= 0; exactly 0 for hi below EXP_LOWEST. That is
+ * far below the smallest number of this type: terms that vanish one by one may count together.
  *
  * k = hi / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
  * to the exponent. a and b are two numbers so that a + (b - k ln 2) is exact, or its error too small to matter.

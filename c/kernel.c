@@ -22,7 +22,7 @@
  * way (two blocks) stays in the first-level cache. The reduction tree in rows.inc.h is defined in these units. */
 #define LINES_PER_GROUP 4
 #define BLOCK_BYTES 16384
-#define TILE 1024         /* classes in a tile at most: its two buffers are then 64 KiB each */
+#define TILE 2048         /* classes in a tile at most, that is 128 KiB; twice that holds a block of LANES rows */
 #define TILES 8           /* that go through the steps together */
 #define BATCH_BYTES 16384 /* of rows that go through the steps together, so that they are still in the first-level cache */
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
@@ -45,10 +45,10 @@
 #define LANES 16
 #define NATIVE_DTYPE PL_FLOAT32
 #define MANTISSA_BITS 23
-#define EXP_LOWEST (-104.0f) /* exp(-103.98) = 2^-150 is half of the smallest subnormal */
+#define EXP_LOWEST (-131.0f) /* exp(-131.6) * EXP_SCALE is the smallest normal number */
 #define EXP_SCALE 0x1p+64f
 #define GRID (0x1.8p+23f * 0x1p-13f)        /* added and subtracted, it rounds to multiples of 2^-13 */
-#define FAR 256                             /* |maximum| from which x - maximum is exact for all terms that count */
+#define FAR 512                             /* |maximum| from which x - maximum is exact for all terms that count */
 #define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
 #define SQRT_HALF_BITS 0x3f3504f3u
 #define LOG2_E 0x1.715476p+0f
@@ -117,10 +117,10 @@ static inline void transpose_f32(quad_f32 *q)
 #define LANES 8
 #define NATIVE_DTYPE PL_FLOAT64
 #define MANTISSA_BITS 52
-#define EXP_LOWEST (-746.0) /* exp(-745.14) = 2^-1075 is half of the smallest subnormal */
+#define EXP_LOWEST (-1063.0)
 #define EXP_SCALE 0x1p+512
 #define GRID (0x1.8p+52 * 0x1p-33)
-#define FAR 2048
+#define FAR 4096
 #define ROUND_SHIFT (0x1.8p+52 + 1023 + 512)
 #define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
 #define LOG2_E 0x1.71547652b82fep+0

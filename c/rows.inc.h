@@ -337,9 +337,9 @@ static REAL FN(sum)(const REAL *e, int64_t n, REAL *result_lo)
   return FN(join_lanes)(&lanes, result_lo);
 }
 
-/* The terms of n elements, the last of which, less than a group, are in `tail`; returns how often the maximum was met. */
-INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const REAL *tail,
-                         const struct FN(origin) * o, bool keep, const REAL *next, const REAL *to)
+/* The terms of n elements; returns how often the maximum was met. */
+INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const struct FN(origin) * o, bool keep,
+                         const REAL *next, const REAL *to)
 {
   struct FN(lanes) lanes;
   int ones = 0;
@@ -352,7 +352,11 @@ INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int6
     }
     ones += FN(add_group)(&lanes, x + c, e + c, o, keep);
   }
-  if (whole < n) ones += FN(add_group)(&lanes, tail, e + whole, o, keep);
+  if (whole < n) {
+    REAL tail[GROUP];
+    FN(pad)(tail, x + whole, n - whole);
+    ones += FN(add_group)(&lanes, tail, e + whole, o, keep);
+  }
   *result = lanes;
   return ones;
 }
@@ -385,7 +389,6 @@ struct FN(block) {
 static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t,
                             const REAL *next, const REAL *to, bool keep)
 {
-  REAL tail[GROUP];
   block->max = max;
   block->ones = 1;
   if (!FN(finite)(max)) {
@@ -394,16 +397,14 @@ static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, in
     return;
   }
   x = FN(come_near)(x, n, &max, t, e);
-  const int64_t whole = n / GROUP * GROUP;
-  if (whole < n) FN(pad)(tail, x + whole, n - whole);
   struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
   if (!o.plain) {
-    block->ones = FN(add_terms)(&block->lanes, x, e, n, tail, &o, keep, next, to);
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, keep, next, to);
     return;
   }
   o.plain = true; /* as the compiler now knows */
-  block->ones = keep ? FN(add_terms)(&block->lanes, x, e, n, tail, &o, true, next, to)
-                     : FN(add_terms)(&block->lanes, x, e, n, tail, &o, false, next, to);
+  block->ones = keep ? FN(add_terms)(&block->lanes, x, e, n, &o, true, next, to)
+                     : FN(add_terms)(&block->lanes, x, e, n, &o, false, next, to);
 }
 
 /* Step 3. */
@@ -448,15 +449,14 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
     }
     REAL lo, factor_lo, others_lo;
     const REAL distance = FN(exponent)(blocks[b].max, row.max, t.inverse, t.inverse_lo, &lo);
-    const REAL factor = FN(exp_pair)(distance, lo, &factor_lo) / EXP_SCALE;
-    factor_lo /= EXP_SCALE;
+    const REAL factor = FN(exp_pair)(distance, lo, &factor_lo); /* scaled: it may be far smaller than its product */
     const REAL others = FN(two_sum)(blocks[b].sum, 1, &others_lo);
     others_lo += blocks[b].sum_lo;
     const REAL term = others * factor;
     const REAL term_lo = FMA(others, factor, -term) + (others * factor_lo + others_lo * factor);
-    row.sum = FN(two_sum)(row.sum, term, &lo);
-    row.sum_lo += lo + term_lo;
-    row.dot += factor == 0 ? 0 : factor * (blocks[b].dot - distance * others);
+    row.sum = FN(two_sum)(row.sum, term / EXP_SCALE, &lo);
+    row.sum_lo += lo + term_lo / EXP_SCALE;
+    row.dot += factor == 0 ? 0 : factor * (blocks[b].dot - distance * others) / EXP_SCALE;
   }
   return row;
 }
@@ -648,16 +648,13 @@ static bool FN(all_near)(const REAL *max, int64_t rows, struct FN(temperature) t
 INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n, const REAL *max, struct FN(temperature) t,
                                 const REAL *const *next, const REAL *const *to, bool keep)
 {
-  REAL tail[GROUP];
-  const int64_t whole = n / GROUP * GROUP;
   for (int64_t i = 0; i < rows; i++) {
     struct FN(block) *block = &slots[i].block;
     const REAL *x = slots[i].x;
     struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max[i]), t);
     o.plain = true; /* as the compiler now knows */
-    if (whole < n) FN(pad)(tail, x + whole, n - whole);
     block->max = max[i];
-    block->ones = FN(add_terms)(&block->lanes, x, slots[i].e, n, tail, &o, keep, next[i], to[i]);
+    block->ones = FN(add_terms)(&block->lanes, x, slots[i].e, n, &o, keep, next[i], to[i]);
   }
 }
 

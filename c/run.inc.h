@@ -1,11 +1,21 @@
 /* A range of rows, by the row or by the tile; once for float and once for double. */
 
-/* A tile pays where rows are short or lie side by side; a single row, and scoring, go by the row. */
+/* A tile pays where rows are short or lie side by side; few rows, and scoring, go by the row. */
+static bool FN(side_by_side)(const struct pl_task *task)
+{
+  return task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
+}
+
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   if (task->operation == PL_SCORE || rows < LANES / 2) return false;
-  if (task->classes <= 2 * LANES) return true;
-  return task->classes <= TILE && task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
+  return task->classes <= 2 * LANES || (task->classes <= TILE && FN(side_by_side)(task));
+}
+
+static bool FN(by_tall_tile)(const struct pl_task *task, int64_t rows)
+{
+  if (task->operation == PL_SCORE || task->operation == PL_SOFTMAX_CROSS_ENTROPY || rows < LANES / 2) return false;
+  return task->classes > TILE && FN(side_by_side)(task);
 }
 
 static struct FN(temperature) FN(invert)(const struct pl_task *task)
@@ -15,6 +25,31 @@ static struct FN(temperature) FN(invert)(const struct pl_task *task)
   t.inverse = 1 / temperature;
   t.inverse_lo = FMA(-temperature, t.inverse, 1) * t.inverse;
   return t;
+}
+
+static int64_t FN(run_tall_tiles)(const struct pl_task *task, int64_t begin, int64_t end, struct FN(temperature) t,
+                                  REAL *scratch)
+{
+  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const int64_t count = FN(block_count)(task);
+  struct FN(tile) tile = {.x = scratch};
+  struct FN(slot) slot = {.room = NULL};
+  struct FN(row) *blocks = malloc((size_t)(count * LANES) * sizeof *blocks);
+  int64_t bad = -1;
+  if (!blocks) return -2;
+  for (tile.r = begin; tile.r < end; tile.r += LANES) {
+    tile.rows = end - tile.r < LANES ? end - tile.r : LANES;
+    FN(reduce_tall_tile)(task, &tile, t, blocks);
+    FN(close_rows)(task->operation, tile.max, tile.sum, tile.sum_lo, &tile.f);
+    if (whole) FN(write_tall_tile)(task, &tile, t);
+    for (int64_t l = 0; !whole && l < tile.rows; l++) {
+      slot.row = (struct FN(row)){.max = tile.max[l], .sum = tile.sum[l], .sum_lo = tile.sum_lo[l]};
+      const int64_t found = FN(write_row)(task, tile.r + l, 0, count, end, t, &slot, FN(closing_of)(&tile.f, l));
+      if (bad == -1) bad = found;
+    }
+  }
+  free(blocks);
+  return bad;
 }
 
 static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
@@ -40,6 +75,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     }
     return bad;
   }
+
+  if (FN(by_tall_tile)(task, end - begin)) return FN(run_tall_tiles)(task, begin, end, t, scratch);
 
   const int64_t blocks = FN(block_count)(task);
   const int64_t kept = task->operation == PL_SCORE ? task->picks : 0;

@@ -40,6 +40,10 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
   int64_t l = 0;
   if (rows < LANES) memset(x, 0, (size_t)(classes * LANES) * sizeof *x);
   if (FN(adjacent)(task, view, r, rows, dtype)) {
+    if (rows == LANES && dtype == NATIVE_DTYPE) {
+      FN(load_strips)(task, view, r, 1, &x);
+      return;
+    }
     const char *first = FN(row_at)(task, view, r);
     for (int64_t c = 0; c < classes; c++)
       FN(load_many)(x + c * LANES, first + c * view->classes, pl_itemsize(dtype), rows, dtype);
@@ -61,13 +65,17 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
     for (int64_t c = 0; c < classes; c++) x[c * LANES + l] = FN(load)(base[l] + c * view->classes, dtype);
 }
 
-static void FN(store_tile)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *x)
+static void FN(store_tile)(const struct pl_task *task, int64_t r, int64_t rows, REAL *x)
 {
   const int dtype = task->out_dtype;
   const int64_t classes = task->classes, stride = task->out.classes;
   char *base[LANES];
   int64_t l = 0;
   if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
+    if (rows == LANES && dtype == NATIVE_DTYPE) {
+      FN(store_strips)(task, r, 1, &x);
+      return;
+    }
     char *first = FN(row_at)(task, &task->out, r);
     for (int64_t c = 0; c < classes; c++) FN(store_many)(first + c * stride, x + c * LANES, pl_itemsize(dtype), rows, dtype);
     return;
@@ -162,18 +170,22 @@ INLINE void FN(plant)(REAL *x, int64_t classes, const struct FN(origin) * o, VEC
   FN(vec_store)(ones, count);
 }
 
-/* Steps 1 and 2. */
-static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, struct FN(tree) * tree, REAL *max,
-                           REAL *ones)
+static void FN(maximum_of_tile)(const REAL *x, int64_t classes, REAL *max)
 {
-  const bool plain = t.inverse == 1 && t.inverse_lo == 0;
-  REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   EACH_VEC(v)
   {
     VEC top = FN(vec_load)(x + v);
     for (int64_t c = LANES + v; c < classes * LANES; c += LANES) top = FN(vec_larger)(FN(vec_load)(x + c), top);
     FN(vec_store)(max + v, top);
   }
+}
+
+/* Steps 1 and 2, the maxima given. */
+static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, const REAL *max,
+                           struct FN(tree) * tree, REAL *ones)
+{
+  const bool plain = t.inverse == 1 && t.inverse_lo == 0;
+  REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   for (int l = 0; l < LANES; l++) {
     const int far = plain & FN(finite)(max[l]) & ((max[l] >= FAR) | (max[l] <= -FAR));
     near[l] = far ? 0 : max[l];
@@ -266,15 +278,22 @@ struct FN(tile) {
   struct FN(closings) f;
 };
 
-static void FN(close_tile)(const struct pl_task *task, struct FN(tile) * tile)
+/* Steps 1 to 3 for the classes that are in x. */
+static void FN(reduce_tile)(struct FN(tile) * tile, int64_t classes, struct FN(temperature) t, bool keep)
+{
+  FN(maximum_of_tile)(tile->x, classes, tile->max);
+  FN(plant_tile)(tile->x, classes, t, keep, tile->max, &tile->tree, tile->ones);
+}
+
+static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
 {
   int infinite = 0;
+  FN(join_tree)(&tile->tree, classes, tile->sum, tile->sum_lo);
   for (int l = 0; l < LANES; l++) {
     tile->sum[l] = FN(add_ones)(tile->sum[l], tile->sum_lo[l], tile->ones[l], &tile->sum_lo[l]);
     infinite |= !FN(finite)(tile->max[l]);
   }
-  if (infinite) FN(spoil_tile)(tile->x, task->classes, tile->max, tile->sum, tile->sum_lo);
-  FN(close_rows)(task->operation, tile->max, tile->sum, tile->sum_lo, &tile->f);
+  if (infinite) FN(spoil_tile)(tile->x, classes, tile->max, tile->sum, tile->sum_lo);
 }
 
 /* The results: stored where they are a number a row, left in x where they are as many as the logits. */
@@ -353,10 +372,9 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
   }
   if (strips) FN(load_strips)(task, &task->logits, r, count, x);
   for (int64_t i = 0; i < count; i++) FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
-  for (int64_t i = 0; i < count; i++)
-    FN(plant_tile)(x[i], task->classes, t, task->operation == PL_SOFTMAX, &tiles[i].tree, tiles[i].max, tiles[i].ones);
-  for (int64_t i = 0; i < count; i++) FN(join_tree)(&tiles[i].tree, task->classes, tiles[i].sum, tiles[i].sum_lo);
-  for (int64_t i = 0; i < count; i++) FN(close_tile)(task, &tiles[i]);
+  for (int64_t i = 0; i < count; i++) FN(reduce_tile)(&tiles[i], task->classes, t, task->operation == PL_SOFTMAX);
+  for (int64_t i = 0; i < count; i++) FN(finish_tile)(&tiles[i], task->classes);
+  for (int64_t i = 0; i < count; i++) FN(close_rows)(task->operation, tiles[i].max, tiles[i].sum, tiles[i].sum_lo, &tiles[i].f);
   for (int64_t i = 0; i < count; i++) {
     const int64_t found = FN(write_tile)(task, &tiles[i], t);
     if (bad == -1) bad = found;
@@ -364,4 +382,64 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
   }
   if (whole && out_strips) FN(store_strips)(task, r, count, x);
   return bad;
+}
+
+/* ---- LANES long rows side by side: a tile for each block ---- */
+
+/* The same task on block b alone. */
+static struct pl_task FN(block_task)(const struct pl_task *task, int64_t b)
+{
+  struct pl_task part = *task;
+  part.classes = FN(block_length)(task, b);
+  part.logits.data = (char *)task->logits.data + b * BLOCK * task->logits.classes;
+  if (task->where.data) part.where.data = (char *)task->where.data + b * BLOCK * task->where.classes;
+  part.out.data = (char *)task->out.data + b * BLOCK * task->out.classes;
+  return part;
+}
+
+/* All four steps; `blocks` has the numbers of each row's blocks one after the other. */
+static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t,
+                                 struct FN(row) * blocks)
+{
+  const int64_t count = FN(block_count)(task);
+  for (int64_t b = 0; b < count; b++) {
+    const struct pl_task part = FN(block_task)(task, b);
+    FN(load_tile)(&part, &part.logits, part.dtype, tile->r, tile->rows, tile->x);
+    FN(mask_tile)(&part, tile->r, tile->rows, tile->x, -INFINITY);
+    FN(reduce_tile)(tile, part.classes, t, false);
+    FN(finish_tile)(tile, part.classes);
+    for (int64_t l = 0; l < tile->rows; l++)
+      blocks[l * count + b] = (struct FN(row)){.max = tile->max[l], .sum = tile->sum[l], .sum_lo = tile->sum_lo[l]};
+  }
+  for (int64_t l = 0; l < tile->rows; l++) {
+    const struct FN(row) row = FN(join_blocks)(blocks + l * count, count, t);
+    tile->max[l] = row.max;
+    tile->sum[l] = row.sum;
+    tile->sum_lo[l] = row.sum_lo;
+  }
+}
+
+/* softmax and log_softmax, a block at a time. */
+static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
+{
+  const bool log = task->operation == PL_LOG_SOFTMAX;
+  REAL *x = tile->x, ones[LANES];
+  for (int64_t b = 0; b < FN(block_count)(task); b++) {
+    const struct pl_task part = FN(block_task)(task, b);
+    FN(load_tile)(&part, &part.logits, part.dtype, tile->r, tile->rows, x);
+    if (!log) {
+      FN(mask_tile)(&part, tile->r, tile->rows, x, -INFINITY);
+      FN(plant_tile)(x, part.classes, t, true, tile->max, &tile->tree, ones);
+    }
+    for (int64_t c = 0; c < part.classes; c++) {
+      REAL *line = x + c * LANES;
+      if (log) {
+        for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
+      } else {
+        for (int l = 0; l < LANES; l++) line[l] = FN(probability)(line[l], FN(closing_of)(&tile->f, l));
+      }
+    }
+    FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
+    FN(store_tile)(&part, tile->r, tile->rows, x);
+  }
 }

@@ -77,10 +77,10 @@ def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tai
 
 _F32 = _constants(
     np.float32,
-    exp_lowest=-104,
+    exp_lowest=-131,
     exp_scale=2.0**64,
     grid=1.5 * 2**23 * 2.0**-13,
-    far=256,
+    far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
     ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
     exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
@@ -89,10 +89,10 @@ _F32 = _constants(
 
 _F64 = _constants(
     np.float64,
-    exp_lowest=-746,
+    exp_lowest=-1063,
     exp_scale=2.0**512,
     grid=1.5 * 2**52 * 2.0**-33,
-    far=2048,
+    far=4096,
     round_shift=1.5 * 2**52 + 1023 + 512,
     ln2=("0x1.71547652b82fep+0", "0x1.62e42ffp-1", "-0x1.718432a1b0e26p-35"),
     exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 "
@@ -998,15 +998,13 @@ def join_blocks(blocks, t):
             continue
         distance, lo = exponent(blocks[b, 0], maximum, t[0], t[1])
         factor, factor_lo = exp_pair(distance, lo)
-        factor /= k.exp_scale
-        factor_lo /= k.exp_scale
         others, others_lo = two_sum(blocks[b, 1], k.one)
         others_lo += blocks[b, 2]
         term = others * factor
         term_lo = fma(others, factor, -term) + (others * factor_lo + others_lo * factor)
-        total, lo = two_sum(total, term)
-        total_lo += lo + term_lo
-        dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others)
+        total, lo = two_sum(total, term / k.exp_scale)
+        total_lo += lo + term_lo / k.exp_scale
+        dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others) / k.exp_scale
     return maximum, total, total_lo, dot
 
 
