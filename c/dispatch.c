@@ -221,7 +221,7 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
   const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
   const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
   const int64_t piece = (blocks + wanted - 1) / wanted, pieces = (blocks + piece - 1) / piece;
-  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const bool whole = pl_is_whole(task->operation);
   const int64_t writes = whole ? pieces : 1; /* one number a row is not worth sharing */
   int64_t status = -1;
   char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
@@ -316,7 +316,7 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
                           int64_t classes, int threads)
 {
   const int64_t item = pl_itemsize(dtype);
-  const bool whole = operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
+  const bool whole = pl_is_whole(operation);
   const struct pl_task task = {
       .operation = operation,
       .dtype = dtype,

@@ -30,7 +30,16 @@ static inline REAL FN(two_sum)(REAL a, REAL b, REAL *lo)
   return hi;
 }
 
-/* The same for |a| >= |b| or a = 0 (Dekker's Fast2Sum). */
+/* The same in every lane. */
+INLINE VEC FN(vec_two_sum)(VEC a, VEC b, VEC *lo)
+{
+  const VEC hi = a + b;
+  const VEC b_seen = hi - a;
+  *lo = (a - (hi - b_seen)) + (b - b_seen);
+  return hi;
+}
+
+/* hi + lo = a + b for |a| >= |b| or a = 0 (Dekker's Fast2Sum). */
 static inline REAL FN(fast_two_sum)(REAL a, REAL b, REAL *lo)
 {
   const REAL hi = a + b;

@@ -1,10 +1,17 @@
 #ifndef PL_KERNEL_H
 #define PL_KERNEL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "api.cdef.h"
+
+/* Whether results are as many as the logits, not one or some numbers a row. */
+static inline bool pl_is_whole(int operation)
+{
+  return operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
+}
 
 /* Rows are numbered i * inner + j. A kernel works on rows [begin, end), serially, and returns -1 or the lowest flat index
  * of a label that it found outside [0, classes), or -2 where it could not allocate. */

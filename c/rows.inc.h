@@ -23,6 +23,12 @@ struct FN(temperature) {
   REAL inverse, inverse_lo; /* 1 / temperature as a pair */
 };
 
+/* Temperature 1: the products with its inverse drop out. */
+static inline bool FN(is_plain)(struct FN(temperature) t)
+{
+  return t.inverse == 1 && t.inverse_lo == 0;
+}
+
 static inline bool FN(finite)(REAL value)
 {
   return value - value == 0;
@@ -221,13 +227,13 @@ INLINE struct FN(origin) FN(origin_at)(VEC max, struct FN(temperature) t)
   o.lo = max - o.hi;
   o.inverse = FN(vec_fill)(t.inverse);
   o.inverse_lo = FN(vec_fill)(t.inverse_lo);
-  o.plain = t.inverse == 1 && t.inverse_lo == 0;
+  o.plain = FN(is_plain)(t);
   return o;
 }
 
 static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 {
-  return t.inverse == 1 && t.inverse_lo == 0 && FN(finite)(max) && (max >= FAR || max <= -FAR);
+  return FN(is_plain)(t) && FN(finite)(max) && (max >= FAR || max <= -FAR);
 }
 
 /* exp((x - max) / temperature) * EXP_SCALE */
@@ -235,8 +241,8 @@ INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
 {
   const VEC difference = x - o->max;
   if (o->plain) return FN(exp_scaled)(difference, x, -o->hi, -o->lo);
-  const VEC x_seen = difference + o->max;
-  const VEC difference_lo = (x - x_seen) - (o->max - (x_seen - difference));
+  VEC difference_lo;
+  FN(vec_two_sum)(x, -o->max, &difference_lo);
   const VEC hi = difference * o->inverse;
   const VEC lo = FN(vec_fma)(difference, o->inverse, -hi) + FN(vec_fma)(difference, o->inverse_lo, difference_lo * o->inverse);
   return FN(exp_scaled)(hi, hi, FN(vec_fill)(0), lo);
@@ -269,11 +275,9 @@ struct FN(lanes) {
 /* One step of TwoSum in each lane. */
 INLINE void FN(add_line)(struct FN(lanes) * lanes, int v, VEC term)
 {
-  const VEC sum = lanes->sum[v];
-  const VEC hi = sum + term;
-  const VEC seen = hi - sum;
-  lanes->sum[v] = hi;
-  lanes->lo[v] = lanes->lo[v] + ((sum - (hi - seen)) + (term - seen));
+  VEC lo;
+  lanes->sum[v] = FN(vec_two_sum)(lanes->sum[v], term, &lo);
+  lanes->lo[v] = lanes->lo[v] + lo;
 }
 
 /* The terms of a group are added to the lanes, those of the maximum left out and counted. `keep` stores all terms in e. */
@@ -420,7 +424,7 @@ static inline struct FN(row) FN(finish_block)(const struct FN(block) * block)
   return row;
 }
 
-/* The sum of exp(x - max) * (max - x) / temperature over a block, from what reduce_block kept; destroys e. */
+/* The sum of exp(x - max) * (max - x) / temperature over a block, from what start_block kept; destroys e. */
 static REAL FN(entropy_dot)(const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t)
 {
   REAL lo;
@@ -639,7 +643,7 @@ static struct FN(row) FN(finish)(const struct FN(slot) * slot)
 /* Whether rows go the common way: temperature 1, and maxima that are neither infinite nor large. */
 static bool FN(all_near)(const REAL *max, int64_t rows, struct FN(temperature) t)
 {
-  bool near = t.inverse == 1 && t.inverse_lo == 0;
+  bool near = FN(is_plain)(t);
   for (int64_t i = 0; i < rows; i++) near &= max[i] > -FAR && max[i] < FAR;
   return near;
 }

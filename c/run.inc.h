@@ -1,17 +1,18 @@
 /* A range of rows, by the row or by the tile; once for float and once for double. */
 
-/* A tile pays where rows are short or lie side by side; few rows, and scoring, go by the row. */
 static bool FN(side_by_side)(const struct pl_task *task)
 {
   return task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
 }
 
+/* A tile pays where rows are short or lie side by side; few rows, and scoring, go by the row. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   if (task->operation == PL_SCORE || rows < LANES / 2) return false;
   return task->classes <= 2 * LANES || (task->classes <= TILE && FN(side_by_side)(task));
 }
 
+/* A tile for each block of rows too long for one; dense labels would need another beside it. */
 static bool FN(by_tall_tile)(const struct pl_task *task, int64_t rows)
 {
   if (task->operation == PL_SCORE || task->operation == PL_SOFTMAX_CROSS_ENTROPY || rows < LANES / 2) return false;
@@ -30,7 +31,7 @@ static struct FN(temperature) FN(invert)(const struct pl_task *task)
 static int64_t FN(run_tall_tiles)(const struct pl_task *task, int64_t begin, int64_t end, struct FN(temperature) t,
                                   REAL *scratch)
 {
-  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const bool whole = pl_is_whole(task->operation);
   const int64_t count = FN(block_count)(task);
   struct FN(tile) tile = {.x = scratch};
   struct FN(slot) slot = {.room = NULL};
@@ -129,14 +130,14 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
 
 static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
 {
-  REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
+  REAL scratch[2 * ROOM];
   struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};
   FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
 }
 
 static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *blocks)
 {
-  REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
+  REAL scratch[2 * ROOM];
   struct FN(closings) f;
   const struct FN(temperature) t = FN(invert)(task);
   struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};

@@ -126,11 +126,9 @@ INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool k
 /* A step of TwoSum for the rows of one vector, as a pair with `lo`. */
 INLINE void FN(add_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, VEC lo)
 {
-  const VEC before = FN(vec_load)(lane);
-  const VEC hi = before + sum;
-  const VEC seen = hi - before;
-  FN(vec_store)(lane, hi);
-  FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + ((before - (hi - seen)) + (sum - seen)));
+  VEC error;
+  FN(vec_store)(lane, FN(vec_two_sum)(FN(vec_load)(lane), sum, &error));
+  FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + error);
 }
 
 /* Steps 1 and 2 for the rows of one vector, the maxima given. What is left over from whole groups goes line by line, so that
@@ -184,7 +182,7 @@ static void FN(maximum_of_tile)(const REAL *x, int64_t classes, REAL *max)
 static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, const REAL *max,
                            struct FN(tree) * tree, REAL *ones)
 {
-  const bool plain = t.inverse == 1 && t.inverse_lo == 0;
+  const bool plain = FN(is_plain)(t);
   REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   for (int l = 0; l < LANES; l++) {
     const int far = plain & FN(finite)(max[l]) & ((max[l] >= FAR) | (max[l] <= -FAR));
@@ -258,7 +256,7 @@ static void FN(sum_tile)(const REAL *e, int64_t classes, REAL *sum, REAL *sum_lo
   FN(join_tree)(&tree, classes, sum, sum_lo);
 }
 
-/* As in reduce_block: a row without a finite maximum has no sum, but a NaN in it must show. */
+/* As in start_block: a row without a finite maximum has no sum, but a NaN in it must show. */
 static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL *sum, REAL *sum_lo)
 {
   for (int l = 0; l < LANES; l++) {
@@ -358,7 +356,7 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
 static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(temperature) t,
                              struct FN(tile) * tiles, int64_t count)
 {
-  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const bool whole = pl_is_whole(task->operation);
   const bool full = rows == count * LANES && task->dtype == NATIVE_DTYPE && task->out_dtype == NATIVE_DTYPE;
   const bool strips = full && FN(adjacent)(task, &task->logits, r, rows, task->dtype);
   const bool out_strips = full && FN(adjacent)(task, &task->out, r, rows, task->out_dtype);

@@ -588,13 +588,20 @@ def exponent(x, maximum, inverse, inverse_lo):
 
 
 @inlined
-def exp_scaled(hi, a, b, lo):
-    """exp(a + b + lo) * EXP_SCALE, near exp(hi)."""
+def reduce(hi, a, b, lo):
+    """r and 2^k EXP_SCALE with a + b + lo = k ln 2 + r, hi near a + b + lo."""
     k = constants(hi)
     shifted = fma(hi, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
-    r = (a + fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo)
-    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale_of(shifted)
+    return (a + fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
+
+
+@inlined
+def exp_scaled(hi, a, b, lo):
+    """exp(a + b + lo) * EXP_SCALE, hi near a + b + lo."""
+    k = constants(hi)
+    r, scale = reduce(hi, a, b, lo)
+    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale
     return select(hi < k.exp_lowest, k.zero, value)
 
 
@@ -603,10 +610,7 @@ def exp_pair(hi, lo):
     k = constants(hi)
     if hi < k.exp_lowest:
         return k.zero, k.zero
-    shifted = fma(hi, k.log2_e, k.round_shift)
-    n = shifted - k.round_shift
-    scale = scale_of(shifted)
-    r = fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo)
+    r, scale = reduce(hi, hi, k.zero, lo)
     square = polynomial(r, k.exp_tail) * (r * r)
     s, r_lo = two_sum(r, square)
     total, total_lo = fast_two_sum(k.one, s)
@@ -667,14 +671,10 @@ def is_far(maximum, t):
 def terms(x, maximum, t):
     """exp((x - maximum) / temperature) * EXP_SCALE; t is None for temperature 1, so that it gets code of its own."""
     k = constants(x)
-    difference = x - maximum
     if t is None:
         high = (maximum + k.grid) - k.grid
-        return exp_scaled(difference, x, -high, -(maximum - high))
-    x_seen = difference + maximum
-    difference_lo = (x - x_seen) - (maximum - (x_seen - difference))
-    hi = difference * t[0]
-    lo = fma(difference, t[0], -hi) + fma(difference, t[1], difference_lo * t[0])
+        return exp_scaled(x - maximum, x, -high, -(maximum - high))
+    hi, lo = exponent(x, maximum, t[0], t[1])
     return exp_scaled(hi, hi, hi - hi, lo)
 
 
@@ -895,9 +895,18 @@ def add_group(s, s_lo, maximum, t, xa, xb, xc, xd):
     return s, s_lo + lo, ones, terms_
 
 
-# Arrays are no arguments of what runs on every group: counting references to them took longer than the group.
+@inlined
+def put_group(x, i, lines):
+    lanes = constants(x[0]).lanes
+    put_line(x, i, lines[0])
+    put_line(x, i + lanes, lines[1])
+    put_line(x, i + 2 * lanes, lines[2])
+    put_line(x, i + 3 * lanes, lines[3])
+
+
 @helper
 def add_terms(x, e, maximum, t, keep, upcoming):
+    """Steps 1 and 2: the lanes, and how often the maximum was met; `keep` leaves the terms in e."""
     k = constants(x[0])
     s, s_lo, ones = every_lane(k.zero), every_lane(k.zero), k.zero
     two, three, group = 2 * k.lanes, 3 * k.lanes, LINES * k.lanes
@@ -911,22 +920,17 @@ def add_terms(x, e, maximum, t, keep, upcoming):
         s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, d)
         ones += more
         if keep:
-            put_line(e, i, kept[0])
-            put_line(e, i + k.lanes, kept[1])
-            put_line(e, i + two, kept[2])
-            put_line(e, i + three, kept[3])
+            put_group(e, i, kept)
     if whole < x.size:
         left, nothing = x.size - whole, -k.infinity
         a = part_at(x, whole, left, nothing)
         b = part_at(x, whole + k.lanes, left - k.lanes, nothing)
         c = part_at(x, whole + two, left - two, nothing)
-        s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, part_at(x, whole + three, left - three, nothing))
+        d = part_at(x, whole + three, left - three, nothing)
+        s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, d)
         ones += more
         if keep:
-            put_line(e, whole, kept[0])
-            put_line(e, whole + k.lanes, kept[1])
-            put_line(e, whole + two, kept[2])
-            put_line(e, whole + three, kept[3])
+            put_group(e, whole, kept)
     return s, s_lo, ones
 
 
