@@ -4,6 +4,8 @@ from pylogits._dispatch import get_num_threads, set_num_threads, show_config, us
 from pylogits._reference import Scores
 from pylogits.activations import log_softmax, logsumexp, selective_log_softmax, softmax
 from pylogits.losses import (
+    cross_entropy,
+    cross_entropy_value_and_grad,
     one_hot,
     softmax_cross_entropy_with_logits,
     sparse_softmax_cross_entropy_with_logits,
@@ -14,6 +16,8 @@ __all__ = [
     "DoubleSoftmaxWarning",
     "Scores",
     "check_logits",
+    "cross_entropy",
+    "cross_entropy_value_and_grad",
     "get_num_threads",
     "log_softmax",
     "logsumexp",

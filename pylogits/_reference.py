@@ -52,12 +52,28 @@ class Scores(NamedTuple):
     correct: Array | None
 
 
-DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)})
+class LossOptions(NamedTuple):
+    """What a cross entropy may be given beside logits, targets and arrays of their size; the defaults change nothing."""
+
+    weight: Array | None = None  # (classes), in the dtype that is computed in
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    scale: tuple[float, float] = (1.0, 0.0)  # of gradients, as a pair: all but the derivative for logits / temperature
 
 
-def _shifted(logits: Array, where: Array | None, temperature: float) -> tuple[Array, Array, Array]:
-    """x - max and max, both over temperature, and the sum of exp(x - max) over all classes but one maximum; wide."""
-    wide = logits.astype(np.float64 if logits.dtype == np.float32 else np.longdouble)
+DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)})
+
+
+def _widen(logits: Array) -> Array:
+    """A copy in a wider type."""
+    return logits.astype(np.float64 if logits.dtype == np.float32 else np.longdouble)
+
+
+def _shifted(wide: Array, where: Array | None, temperature: float) -> tuple[Array, Array, Array]:
+    """x - max and max, both over temperature, and the sum of exp(x - max) over all classes but one maximum; spoils `wide`."""
     if where is not None:
         wide[~where] = -np.inf
     maximum = wide.max(axis=1, keepdims=True)
@@ -70,21 +86,21 @@ def _shifted(logits: Array, where: Array | None, temperature: float) -> tuple[Ar
 
 
 def softmax(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    shifted, _, others = _shifted(logits, where, temperature)
+    shifted, _, others = _shifted(_widen(logits), where, temperature)
     with np.errstate(all="ignore"):
         result = np.exp(shifted) / (1 + others)
         out[...] = result if where is None else np.where(where, result, 0)
 
 
 def log_softmax(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    shifted, _, others = _shifted(logits, where, temperature)
+    shifted, _, others = _shifted(_widen(logits), where, temperature)
     with np.errstate(all="ignore"):
         result = shifted - np.log1p(others)
         out[...] = result if where is None else np.where(where, result, -np.inf)
 
 
 def logsumexp(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
-    _, maximum, others = _shifted(logits, where, temperature)
+    _, maximum, others = _shifted(_widen(logits), where, temperature)
     with np.errstate(all="ignore"):
         out[...] = np.where(np.isfinite(maximum), maximum + np.log1p(others), maximum)[:, 0]
 
@@ -98,14 +114,14 @@ def find_bad_label(labels: Array, classes: int) -> int:
 def selective_log_softmax(logits: Array, indices: Array, temperature: float, out: Array, threads: int) -> int:
     bad = find_bad_label(indices, logits.shape[1])
     if bad == -1:
-        shifted, _, others = _shifted(logits, None, temperature)
+        shifted, _, others = _shifted(_widen(logits), None, temperature)
         with np.errstate(all="ignore"):
             out[...] = np.take_along_axis(shifted - np.log1p(others), indices, axis=1)
     return bad
 
 
 def softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> None:
-    shifted, _, others = _shifted(logits, None, 1.0)
+    shifted, _, others = _shifted(_widen(logits), None, 1.0)
     with np.errstate(all="ignore"):
         losses = labels * (np.log1p(others) - shifted)
         out[...] = np.where(labels == 0, 0, losses).sum(axis=1)
@@ -116,10 +132,77 @@ def softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, 
 def sparse_softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> int:
     bad = find_bad_label(labels, logits.shape[1])
     if bad == -1:
-        shifted, _, others = _shifted(logits, None, 1.0)
+        shifted, _, others = _shifted(_widen(logits), None, 1.0)
         with np.errstate(all="ignore"):
             out[...] = (np.log1p(others) - np.take_along_axis(shifted, labels[:, None], axis=1))[:, 0]
     return bad
+
+
+def cross_entropy(
+    logits: Array,
+    where: Array | None,
+    probabilities: Array | None,
+    labels: Array | None,
+    sample_weight: Array | None,
+    loss_grad: Array | None,
+    grad: Array | None,
+    out: Array,
+    options: LossOptions,
+    threads: int,
+) -> int:
+    """The losses and, where `grad` is given, their gradients, from `labels` or else from `probabilities`.
+
+    With coefficients a (the targets, smoothed and weighted), A their sum and L the log of the sum of exponentials, a loss is
+    sum(a (L - x)) + z_loss L^2, and its derivative for x is (A + 2 z_loss L) p - a.
+    """
+    classes = logits.shape[1]
+    ignored = np.zeros(out.shape, np.bool_)
+    if labels is not None:
+        if options.ignore_index is not None:
+            ignored = labels == options.ignore_index
+        bad = find_bad_label(np.where(ignored, 0, labels), classes)
+        if bad != -1:
+            return bad
+    x = _widen(logits)
+    wide = x.dtype
+    with np.errstate(all="ignore"):
+        slope: Array | None = None
+        temperature = options.temperature
+        if options.softcap is not None:
+            x /= wide.type(temperature) * wide.type(options.softcap)
+            slope = 1 / np.cosh(x) ** 2
+            x, temperature = options.softcap * np.tanh(x), 1.0
+        shifted, maximum, others = _shifted(x, where, temperature)
+        log_sum = maximum + np.log1p(others)
+        losses = np.log1p(others) - shifted
+        weight = np.ones(1, wide) if options.weight is None else options.weight.astype(wide)
+        unmasked = np.ones(logits.shape, np.bool_) if where is None else where
+        count = unmasked.sum(axis=1, keepdims=True)
+        a = np.where(unmasked, wide.type(options.label_smoothing) / np.maximum(count, 1), 0)
+        if labels is not None:
+            label = np.where(ignored, 0, labels)[:, None]
+            np.put_along_axis(a, label, np.take_along_axis(a, label, 1) + (1 - wide.type(options.label_smoothing)), 1)
+        elif probabilities is not None:
+            a += np.where(unmasked, (1 - wide.type(options.label_smoothing)) * probabilities, 0)
+        a *= weight[:, None]
+        total = a.sum(axis=1, keepdims=True)
+        empty = ignored | (count[:, 0] == 0)
+        # NaN x 0 is NaN all the same: only an impossible class (probability 0) may be left out
+        loss = np.where(a == 0, 0, a * losses).sum(axis=1) + 0 * others[:, 0] + options.z_loss * log_sum[:, 0] ** 2
+        scale = np.asarray(wide.type(options.scale[0]) + wide.type(options.scale[1]))
+        if sample_weight is not None:
+            loss *= sample_weight
+            scale = scale * sample_weight
+        if grad is not None:
+            if loss_grad is not None:
+                scale = scale * loss_grad
+            slopes = (total + 2 * options.z_loss * log_sum) * (np.exp(shifted) / (1 + others)) - a
+            slopes = slopes * (scale[:, None] if scale.ndim else scale)
+            if slope is not None:
+                slopes *= slope
+            grad[...] = np.where(unmasked & ~empty[:, None], slopes, 0)
+        out[...] = np.where(empty, 0, loss)
+    return -1
 
 
 def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
@@ -128,7 +211,7 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
         if bad != -1:
             return bad
     k = scores.top_k_indices.shape[-1]
-    shifted, maximum, others = _shifted(logits, None, temperature)
+    shifted, maximum, others = _shifted(_widen(logits), None, temperature)
     with np.errstate(all="ignore"):
         probabilities = np.exp(shifted) / (1 + others)
         # NaN first, then descending; equal logits keep their order

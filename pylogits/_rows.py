@@ -130,16 +130,16 @@ def check_integers(labels: Any, name: str) -> Array:
     return array
 
 
-def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:
     if not isinstance(out, np.ndarray) and not is_torch_array(out):
-        raise TypeError(f"out must be an array, not {type(out).__name__}")
-    array = to_numpy(out, "out")
+        raise TypeError(f"{name} must be an array, not {type(out).__name__}")
+    array = to_numpy(out, name)
     if array.dtype != dtype:
-        raise TypeError(f"out must have dtype {dtype}, not {array.dtype}")
+        raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
     if array.shape != shape:
-        raise ValueError(f"out must have shape {shape}, not {array.shape}")
+        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
     if not array.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     return array
 
 
@@ -190,7 +190,7 @@ class Operands(NamedTuple):
     """
 
     inputs: Sequence[Array | None]
-    row_inputs: Sequence[Array] = ()
+    row_inputs: Sequence[Array | None] = ()
     outputs: Sequence[Array] = ()
     row_outputs: Sequence[Array] = ()
 
@@ -223,7 +223,7 @@ def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[
         return None
     outer, _, inner = logits.shape
     lead = full[0].ndim - len(axes)
-    row_inputs = [array.reshape(outer, inner) for array in operands.row_inputs]
+    row_inputs = [None if array is None else array.reshape(outer, inner) for array in operands.row_inputs]
     row_outputs = [array.reshape(outer, inner, *array.shape[lead:]) for array in operands.row_outputs]
     return Operands(inputs, row_inputs, [view for view in outputs if view is not None], row_outputs)
 
@@ -262,7 +262,7 @@ def _as_pieces(
 
         piece = Operands(
             [first, *(None if array is None else copy(array, index) for array in inputs[1:])],
-            [per_row(array) for array in operands.row_inputs],
+            [None if array is None else per_row(array) for array in operands.row_inputs],
             [copy(array, index) for array in operands.outputs],
             [per_row(array) for array in operands.row_outputs],
         )

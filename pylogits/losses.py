@@ -1,11 +1,17 @@
-"""The fused cross entropies under TensorFlow's names, and one_hot."""
+"""The fused cross entropies: under TensorFlow's names, and with every option and the gradient; and one_hot."""
 
+import math
+import operator
+import warnings
+from fractions import Fraction
 from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from pylogits import _dispatch, _rows
+from pylogits import _dispatch, _reference, _rows
+from pylogits._reference import LossOptions
+from pylogits._rows import Array
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
@@ -204,3 +210,413 @@ def one_hot(
     if count:
         np.put_along_axis(target, np.expand_dims(np.asarray(classes, np.int64, order="C"), number), 1, axis=number)
     return out
+
+
+REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights")
+
+
+def cross_entropy(
+    logits: Any,
+    targets: Any,
+    *,
+    axis: SupportsIndex = -1,
+    weight: Any = None,
+    sample_weight: Any = None,
+    ignore_index: SupportsIndex | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    where: Any = None,
+    reduction: str = "mean",
+    out: Any = None,
+) -> Any:
+    """Cross entropy between targets and softmax(logits), with every option that peers have; they all compose.
+
+    From logits x to a row's loss, in this order: x / temperature; softcap * tanh(x / softcap); the mask; with
+    L = logsumexp(x), targets q and class weights w::
+
+        q' = (1 - label_smoothing) q + label_smoothing / (number of unmasked classes)
+        loss = sample_weight * (sum of w q' (L - x) + z_loss * L ** 2)
+
+    Parameters
+    ----------
+    logits : array_like of float, shape (..., C, ...)
+        Raw scores, not probabilities. float16 and bfloat16 are computed in float32; integers are taken as float64.
+    targets : array_like
+        Integers, in the shape of `logits` without `axis`: the class of each row, in [0, C). Or floats, in the shape of
+        `logits`: probabilities, used as given; a row need not sum to 1.
+    axis : int, optional
+        The class axis, the last by default. (PyTorch has it second: pass ``axis=1`` for its layout.)
+    weight : array_like, shape (C,), optional
+        Class weights, finite. They do not scale the z-loss.
+    sample_weight : array_like, optional
+        Weights of the rows, broadcast against the losses.
+    ignore_index : int, optional
+        Rows with this class, in [0, C) or not, have loss 0, gradient 0, and no part in a mean, whatever their logits.
+    label_smoothing : float, optional
+        In [0, 1]: how much of each target is spread evenly over the unmasked classes.
+    z_loss : float, optional
+        The coefficient of L ** 2, which keeps logits from drifting.
+    softcap : float, optional
+        Positive: bounds the logits to (-softcap, softcap).
+    temperature : float, optional
+        Positive and finite.
+    where : array_like of bool, optional
+        Broadcasts to the shape of `logits`. Classes where it is False count for nothing, nor do probabilities there. A
+        row without any class has loss 0, and counts in a mean like others.
+    reduction : {"mean", "none", "sum", "sum_over_batch_size", "sum_by_nonzero_weights"}, optional
+        "mean" divides by the sum of the sample weights, for integer targets each times the class weight of its target
+        (ignored rows left out); "sum_over_batch_size" by the number of rows; "sum_by_nonzero_weights" by the number of
+        those that are not ignored and whose sample weight is not 0. Where nothing counts, "mean" is NaN with a
+        RuntimeWarning, and the other two are 0.
+    out : ndarray, optional
+        Where the result goes, of its shape and dtype.
+
+    Returns
+    -------
+    scalar, or with reduction="none" ndarray in the shape of `logits` without `axis`
+        In nats, in the dtype of `logits` (float32 for float16 and bfloat16).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of a wrong type, shape or value, and for a target outside [0, C) or masked out by `where` in a row
+        that has other classes; `out` is then untouched.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : the same with the gradient.
+
+    References
+    ----------
+    PyTorch's ``cross_entropy`` (weight, ignore_index, label_smoothing, mean); TensorFlow's ``losses.Reduction``; optax
+    (where); label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016; z-loss: Chowdhery et al.,
+    "PaLM", 2022; softcap: Gemma Team, "Gemma 2", 2024.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> logits = [[0.5, 1.5, 0.1], [2.2, 1.3, 1.7]]
+    >>> pylogits.cross_entropy(logits, [1, 2]).round(7)
+    np.float64(0.8393433)
+    >>> pylogits.cross_entropy(logits, [1, -100], ignore_index=-100, reduction="sum").round(7)
+    np.float64(0.4790107)
+    """
+    return _cross_entropy(
+        logits,
+        targets,
+        axis=axis,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        temperature=temperature,
+        where=where,
+        reduction=reduction,
+        out=out,
+        differentiate=False,
+    )[0]
+
+
+def cross_entropy_value_and_grad(
+    logits: Any,
+    targets: Any,
+    *,
+    axis: SupportsIndex = -1,
+    weight: Any = None,
+    sample_weight: Any = None,
+    ignore_index: SupportsIndex | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    where: Any = None,
+    reduction: str = "mean",
+    out: Any = None,
+    loss_grad: Any = None,
+    grad_out: Any = None,
+) -> tuple[Any, Any]:
+    """`cross_entropy` and its gradient with respect to the logits.
+
+    With the targets' coefficients a = w q', their sum A, and p = softmax(x), a row's gradient is
+    ``sample_weight * ((A + 2 z_loss L) p - a)``, times the derivatives of the softcap and of the reduction.
+
+    Parameters
+    ----------
+    logits, targets, axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, temperature, where, \
+reduction, out
+        As for `cross_entropy`.
+    loss_grad : array_like, optional
+        The gradient of what follows with respect to the loss: broadcasts to the shape of the result. Ones by default.
+    grad_out : ndarray, optional
+        Where the gradient goes, in the shape and dtype of `logits`. It may be `logits` itself.
+
+    Returns
+    -------
+    loss : scalar or ndarray
+        That of `cross_entropy`.
+    grad : ndarray of the shape and dtype of `logits`
+        Exactly 0 for ignored rows and for classes that are masked out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cross_entropy`; `out` and `grad_out` are then untouched.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> loss, grad = pylogits.cross_entropy_value_and_grad([[0.5, 1.5, 0.1], [2.2, 1.3, 1.7]], [1, 2])
+    >>> loss.round(7)
+    np.float64(0.8393433)
+    >>> grad.round(4)
+    array([[ 0.1139, -0.1903,  0.0764],
+           [ 0.2484,  0.101 , -0.3494]])
+    """
+    return _cross_entropy(
+        logits,
+        targets,
+        axis=axis,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        temperature=temperature,
+        where=where,
+        reduction=reduction,
+        out=out,
+        differentiate=True,
+        loss_grad=loss_grad,
+        grad_out=grad_out,
+    )
+
+
+def _cross_entropy(
+    logits: Any,
+    targets: Any,
+    *,
+    axis: SupportsIndex,
+    weight: Any,
+    sample_weight: Any,
+    ignore_index: SupportsIndex | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    temperature: float,
+    where: Any,
+    reduction: str,
+    out: Any,
+    differentiate: bool,
+    loss_grad: Any = None,
+    grad_out: Any = None,
+) -> tuple[Any, Any]:
+    array = _rows.to_numpy(logits, "logits")
+    dtype = _rows.check_floats(array, "logits")
+    real = _rows.row_dtype(dtype)
+    number = _rows.check_single_axis(axis, array.ndim)
+    rows = array.shape[:number] + array.shape[number + 1 :]
+    classes = array.shape[number]
+    _check_classes(classes)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    mask = _rows.check_where(where, array.shape)
+    goals = _rows.to_numpy(targets, "targets")
+    hard = goals.dtype.kind in "iu"
+    wanted = rows if hard else array.shape
+    if not hard and (goals.dtype.kind == "b" or _rows.check_floats(goals, "targets") is None):
+        raise TypeError("targets must be class numbers (integers) or probabilities (floats), not bool")
+    if goals.shape != wanted:
+        kind = "class numbers" if hard else "probabilities"
+        raise ValueError(
+            f"targets that are {kind} must have shape {wanted} for logits of shape {array.shape}, not {goals.shape}"
+        )
+    ignored = None
+    if ignore_index is not None:
+        try:
+            ignored = operator.index(ignore_index)
+        except TypeError:
+            raise TypeError(f"ignore_index must be an int, not {ignore_index!r}") from None
+        if not hard:
+            raise ValueError(f"ignore_index is {ignored}, but targets are probabilities: leave rows out by sample_weight")
+        if hard and not np.iinfo(goals.dtype).min <= ignored <= np.iinfo(goals.dtype).max:
+            ignored = None  # no target of this dtype can be it
+    counted = None if ignored is None else goals != ignored
+    if hard:
+        _check_targets(goals, counted, mask, number, classes)
+    samples = None if sample_weight is None else _as_real(sample_weight, "sample_weight", rows, real)
+    if samples is not None:
+        _check_finite(samples, "sample_weight")
+    cap = None if softcap is None else _check_real(softcap, "softcap", real, least=np.nextafter(real.type(0), real.type(1)))
+    options = LossOptions(
+        weight=None if weight is None else _check_weight(weight, classes, real),
+        # uint64 targets become int64: what does not fit is outside [0, C), or ignored, and wraps like this
+        ignore_index=None if ignored is None else (ignored + 2**63) % 2**64 - 2**63,
+        label_smoothing=_check_real(label_smoothing, "label_smoothing", real, least=0, most=1),
+        z_loss=_check_real(z_loss, "z_loss", real),
+        softcap=cap,
+        temperature=_rows.check_temperature(temperature, dtype),
+    )
+    shape = rows if reduction == "none" else ()
+    upstream = None if loss_grad is None else _as_real(loss_grad, "loss_grad", shape, real)
+    if out is not None:
+        _rows.check_out(out, shape, real)
+    answer, target = None, None
+    if differentiate:
+        if grad_out is None:
+            answer, target = _rows.allocate(logits, array.shape, dtype)
+        else:
+            answer, target = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
+
+    denominator = _denominator(reduction, goals, hard, counted, samples, options.weight, rows)
+    scale = Fraction(1) / (Fraction(denominator or 1.0) * Fraction(options.temperature))
+    options = options._replace(scale=_as_pair(scale, real))
+    losses = np.empty(rows, real)
+    grad = target
+    if target is not None and any(
+        np.may_share_memory(target, given)
+        for given in (array, goals, mask, samples, upstream, options.weight)
+        if given is not None and not (given is array and _rows.same_memory(target, array))
+    ):
+        grad = np.empty_like(target)
+    if losses.size:
+        labels = np.ascontiguousarray(goals, np.int64) if hard else None
+        if upstream is not None:
+            upstream = np.ascontiguousarray(np.broadcast_to(upstream, rows))
+
+        def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> int:
+            labels, samples, upstream, *grads, losses = rest
+            grad = grads[0] if grads else None
+            return _reference.cross_entropy(logits, where, probabilities, labels, samples, upstream, grad, losses, options, 1)
+
+        _rows.run(
+            kernel,
+            _reference.DTYPES,
+            (number,),
+            _rows.Operands(
+                [array, mask, None if hard else goals],
+                [labels, samples, upstream],
+                [] if grad is None else [grad],
+                [losses],
+            ),
+        )
+    if target is not None and grad is not None:
+        if not denominator:
+            grad[...] = 0
+        if grad is not target:
+            target[...] = grad
+    result = losses if reduction == "none" else _reduce(losses, reduction, denominator)
+    return _rows.deliver(logits, result, out), answer
+
+
+def _reduce(losses: Array, reduction: str, denominator: float) -> Array:
+    """The sum of the losses over the denominator, in float64 (longdouble for longdouble)."""
+    wide = np.result_type(losses.dtype, np.float64)
+    total = losses.sum(dtype=wide)
+    if denominator:
+        return np.asarray(total / wide.type(denominator), losses.dtype)
+    if reduction == "mean":
+        warnings.warn("the mean of no losses is NaN: all rows are ignored or have weight 0", RuntimeWarning, stacklevel=4)
+        return np.asarray(np.nan, losses.dtype)
+    return np.zeros((), losses.dtype)
+
+
+def _denominator(
+    reduction: str,
+    targets: Array,
+    hard: bool,
+    counted: Array | None,
+    samples: Array | None,
+    weight: Array | None,
+    rows: tuple[int, ...],
+) -> float:
+    """What the sum of the losses is divided by; `counted` are the rows that are not ignored."""
+    if reduction in ("none", "sum"):
+        return 1.0
+    if reduction == "sum_over_batch_size":
+        return float(math.prod(rows))
+    if reduction == "sum_by_nonzero_weights":
+        weights = np.ones(rows, np.bool_) if samples is None else samples != 0
+        return float(np.count_nonzero(weights if counted is None else weights & counted))
+    numbers = samples
+    if hard and weight is not None:
+        known = targets if counted is None else np.where(counted, targets, 0)
+        numbers = weight[known] if samples is None else weight[known] * samples
+    if numbers is None:
+        return float(math.prod(rows) if counted is None else np.count_nonzero(counted))
+    return float(numbers.sum(dtype=np.float64, where=True if counted is None else counted))
+
+
+def _as_pair(number: Fraction, dtype: np.dtype[Any]) -> tuple[float, float]:
+    """A number as the sum of two of a dtype."""
+    greatest = Fraction(float(np.finfo(dtype).max))
+    number = max(-greatest, min(greatest, number))
+    high = float(dtype.type(float(number)))
+    return high, float(dtype.type(float(number - Fraction(high))))
+
+
+def _check_targets(targets: Array, counted: Array | None, mask: Array | None, axis: int, classes: int) -> None:
+    """Every class number that counts must be in [0, classes), and not masked out unless its whole row is."""
+    outside = (targets < 0) | (targets >= classes)
+    if counted is not None:
+        outside &= counted
+    if outside.any():
+        _raise_at(targets, outside, f"is outside [0, {classes})")
+    if mask is not None:
+        known = np.asarray(targets if counted is None else np.where(counted, targets, 0), np.int64)
+        masked = ~np.take_along_axis(mask, np.expand_dims(known, axis), axis).squeeze(axis)
+        if counted is not None:
+            masked &= counted
+        if masked.any():
+            masked &= mask.any(axis=axis)
+        if masked.any():
+            _raise_at(targets, masked, "is masked out by where, in a row with other classes")
+
+
+def _raise_at(targets: Array, bad: Array, complaint: str) -> None:
+    index = tuple(int(i) for i in np.argwhere(bad)[0])
+    place = f" at index {index}" if index else ""
+    raise ValueError(f"target {targets[index]}{place} {complaint}")
+
+
+def _check_real(value: Any, name: str, dtype: np.dtype[Any], least: Any = -math.inf, most: Any = math.inf) -> float:
+    """A finite number within bounds, rounded to a dtype."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
+        raise TypeError(f"{name} must be a real number, not {value!r}")
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(dtype.type(value)) if abs(value) <= np.finfo(dtype).max else math.inf
+    if not (math.isfinite(rounded) and least <= rounded <= most and least <= value <= most):
+        bounds = "finite" if least == -math.inf else "positive and finite" if most == math.inf else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")
+    return rounded
+
+
+def _as_real(values: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Real numbers, broadcast to a shape and in a dtype."""
+    array = _rows.to_numpy(values, name)
+    _rows.check_floats(array, name)
+    try:
+        return np.ascontiguousarray(np.broadcast_to(array, shape), dtype).reshape(shape)
+    except ValueError:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to the losses' shape {shape}") from None
+
+
+def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
+    array = _rows.to_numpy(weight, "weight")
+    _rows.check_floats(array, "weight")
+    if array.shape != (classes,):
+        raise ValueError(f"weight must have one entry a class, shape ({classes},), not {array.shape}")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(array, dtype)
+    return _check_finite(array, "weight")
+
+
+def _check_finite(array: Array, name: str) -> Array:
+    if not np.isfinite(array).all():
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(f"{name} {array[index]} at index {index} is not finite")
+    return array
