@@ -5,8 +5,8 @@ enum pl_operation {
   PL_LOG_SOFTMAX,
   PL_LOGSUMEXP,
   PL_SELECTIVE_LOG_SOFTMAX,
-  PL_SOFTMAX_CROSS_ENTROPY,
   PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
+  PL_CROSS_ENTROPY,
   PL_SCORE
 };
 
@@ -18,13 +18,24 @@ struct pl_view {
   int64_t outer, classes, inner;
 };
 
+/* PL_CROSS_ENTROPY's own: zeros are the defaults of all but `scale`, which is what gradients are multiplied with (a pair). */
+struct pl_loss {
+  double softcap, label_smoothing, z_loss, scale, scale_lo;
+  int64_t ignore_index;
+  int has_ignore_index;
+  /* Contiguous, in the type that is computed in: of each class; and of each row, over (outer, inner). NULL for ones. */
+  const void *weight, *sample_weight, *loss_grad;
+  struct pl_view probabilities, grad; /* the targets, where there are no labels; and the gradient, where it is wanted */
+};
+
 /* One call: the same operation on every row (i, j), 0 <= i < outer, 0 <= j < inner. Checked by the caller, but for labels. */
 struct pl_task {
-  int operation, dtype, out_dtype; /* dense labels have the dtype of logits, others are int64_t */
+  int operation, dtype, out_dtype; /* labels are int64_t; probabilities and gradients have the dtype of logits */
   int64_t outer, classes, inner;
   int64_t picks; /* labels or indices per row; for PL_SCORE the k of top-k */
   double temperature;
   struct pl_view logits, where, labels, out;
+  struct pl_loss losses;
   /* PL_SCORE only: contiguous over (outer, inner), top_k_* over (outer, inner, picks). loss and correct go with labels. */
   int64_t *prediction, *top_k_indices;
   void *confidence, *entropy, *logsumexp, *top_k_probabilities, *loss;

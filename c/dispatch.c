@@ -213,7 +213,7 @@ static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *
 static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
   return rows < 4 * threads && task->classes >= 2 * parts->block && task->operation != PL_SCORE &&
-         task->operation != PL_SOFTMAX_CROSS_ENTROPY;
+         !task->losses.probabilities.data;
 }
 
 static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
@@ -221,7 +221,7 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
   const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
   const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
   const int64_t piece = (blocks + wanted - 1) / wanted, pieces = (blocks + piece - 1) / piece;
-  const bool whole = pl_is_whole(task->operation);
+  const bool whole = pl_whole(task);
   const int64_t writes = whole ? pieces : 1; /* one number a row is not worth sharing */
   int64_t status = -1;
   char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
@@ -268,6 +268,7 @@ static int64_t find_bad_label(const struct pl_task *task)
   const struct pl_view *labels = &task->labels;
   const int64_t count = task->outer * task->picks * task->inner;
   const int64_t inner = task->inner, picks = task->picks; /* a dimension of one has any stride */
+  const bool ignore = task->losses.has_ignore_index;
   if ((inner == 1 || labels->inner == 8) && (picks == 1 || labels->classes == 8 * inner) &&
       (task->outer == 1 || labels->outer == 8 * inner * picks)) {
     uint64_t signs = 0; /* the highest bit is set by a negative label, and by one above the last class */
@@ -282,7 +283,7 @@ static int64_t find_bad_label(const struct pl_task *task)
     const int64_t j = n % inner, k = n / inner % picks, i = n / inner / picks;
     int64_t label;
     memcpy(&label, (const char *)labels->data + i * labels->outer + k * labels->classes + j * labels->inner, sizeof label);
-    if (label < 0 || label >= task->classes) return n;
+    if ((label < 0 || label >= task->classes) && !(ignore && label == task->losses.ignore_index)) return n;
   }
   return -1;
 }
@@ -293,7 +294,7 @@ int64_t pl_run(const struct pl_task *task, int threads)
   const int64_t rows = task->outer * task->inner;
   static atomic_bool busy;
   if (rows == 0) return -1;
-  if (task->labels.data && task->operation != PL_SOFTMAX_CROSS_ENTROPY) {
+  if (task->labels.data) {
     /* scoring has one label a row; its picks are the k of top-k */
     struct pl_task labels = *task;
     if (task->operation == PL_SCORE) labels.picks = 1;
@@ -316,7 +317,7 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
                           int64_t classes, int threads)
 {
   const int64_t item = pl_itemsize(dtype);
-  const bool whole = pl_is_whole(operation);
+  const bool whole = operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
   const struct pl_task task = {
       .operation = operation,
       .dtype = dtype,

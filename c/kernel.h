@@ -7,10 +7,11 @@
 
 #include "api.cdef.h"
 
-/* Whether results are as many as the logits, not one or some numbers a row. */
-static inline bool pl_is_whole(int operation)
+/* The result that is as large as the logits, or NULL where there are one or some numbers a row. */
+static inline const struct pl_view *pl_whole(const struct pl_task *task)
 {
-  return operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
+  if (task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX) return &task->out;
+  return task->operation == PL_CROSS_ENTROPY && task->losses.grad.data ? &task->losses.grad : NULL;
 }
 
 /* Rows are numbered i * inner + j. A kernel works on rows [begin, end), serially, and returns -1 or the lowest flat index
@@ -18,7 +19,7 @@ static inline bool pl_is_whole(int operation)
 typedef int64_t pl_run_rows(const struct pl_task *task, int64_t begin, int64_t end);
 
 /* For threads that share a row longer than a block: each reduces some of its blocks to `numbers_size` bytes of numbers, and
- * when all are done writes the results of some. Not for PL_SCORE and PL_SOFTMAX_CROSS_ENTROPY. */
+ * when all are done writes the results of some. Not for PL_SCORE and for probabilities. */
 struct pl_parts {
   int64_t block; /* elements */
   size_t numbers_size;

@@ -12,11 +12,24 @@
  * The maximum is left out because log(sum) = maximum + log1p(the others): in a confident row the others are all that
  * there is to see. */
 
+struct FN(pair) {
+  REAL hi, lo;
+};
+
+/* PL_CROSS_ENTROPY: the label's logit, and what label smoothing needs of the classes that are not masked out. */
+struct FN(spread) {
+  REAL target;          /* 0 in the blocks without the label */
+  REAL count;           /* of the classes */
+  struct FN(pair) mass; /* the sum of their weights */
+  struct FN(pair) dot;  /* the sum of weight * (max - x), with 0 for a max that is not finite */
+};
+
 /* The numbers that every result of a row is made from. */
 struct FN(row) {
   REAL max;
   REAL sum, sum_lo; /* of exp(x - max) over all elements but one maximum, as a pair */
   REAL dot;         /* PL_SCORE: of exp(x - max) * (max - x) / temperature */
+  struct FN(spread) spread;
 };
 
 struct FN(temperature) {
@@ -41,6 +54,22 @@ static inline REAL FN(add_pairs)(REAL a_hi, REAL a_lo, REAL b_hi, REAL b_lo)
   const REAL hi = FN(two_sum)(a_hi, b_hi, &lo);
   const REAL sum = hi + (lo + (a_lo + b_lo));
   return FN(finite)(hi) ? sum : hi;
+}
+
+/* a + b and a * b of pairs, as pairs; infinities and NaN have 0 as their low part. */
+INLINE struct FN(pair) FN(plus)(struct FN(pair) a, struct FN(pair) b)
+{
+  REAL lo;
+  const REAL hi = FN(two_sum)(a.hi, b.hi, &lo);
+  lo += a.lo + b.lo;
+  return (struct FN(pair)){hi, FN(finite)(hi) ? lo : 0};
+}
+
+INLINE struct FN(pair) FN(times)(struct FN(pair) a, struct FN(pair) b)
+{
+  const REAL hi = a.hi * b.hi;
+  const REAL lo = FMA(a.hi, b.hi, -hi) + FMA(a.hi, b.lo, a.lo * b.hi);
+  return (struct FN(pair)){hi, FN(finite)(hi) ? lo : 0};
 }
 
 /* The offset in bytes of row number r. */
@@ -149,14 +178,39 @@ static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t
   return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
 }
 
+/* softcap * tanh(x / (temperature * softcap)) in place of n logits, up to the end of the last vector; or its slope, but for
+ * the factor 1 / temperature. */
+INLINE void FN(cap_or_slope)(const struct pl_task *task, REAL *x, int64_t n, bool slopes)
+{
+  const REAL softcap = (REAL)task->losses.softcap, temperature = (REAL)task->temperature, divisor = temperature * softcap;
+  const REAL excess = FMA(temperature, softcap, -divisor) / divisor;
+  const VEC by = FN(vec_fill)(divisor), correction = FN(vec_fill)(FN(finite)(excess) ? excess : 0);
+  for (int64_t c = 0; c < n; c += VEC_LANES) {
+    VEC slope;
+    const VEC value = FN(vec_fill)(softcap) * FN(tanh)(FN(vec_load)(x + c) / by, correction, &slope);
+    FN(vec_store)(x + c, slopes ? slope : value);
+  }
+}
+
+static void FN(cap)(const struct pl_task *task, REAL *x, int64_t n)
+{
+  FN(cap_or_slope)(task, x, n, false);
+}
+
+static void FN(cap_slopes)(const struct pl_task *task, REAL *x, int64_t n)
+{
+  FN(cap_or_slope)(task, x, n, true);
+}
+
 /* Elements [first, first + n) of a row: where they lie, or converted and masked in `room`. */
 static const REAL *FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n,
                              REAL *room)
 {
   row += first * task->logits.classes;
-  if (task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL) && !where)
+  if (task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL) && !where && !task->losses.softcap)
     return (const REAL *)(const void *)row;
   FN(load_many)(room, row, task->logits.classes, n, task->dtype);
+  if (task->losses.softcap) FN(cap)(task, room, n);
   if (where) {
     for (int64_t c = 0; c < n; c++)
       if (!where[(first + c) * task->where.classes]) room[c] = -INFINITY;
@@ -436,6 +490,49 @@ static REAL FN(entropy_dot)(const REAL *x, REAL *e, int64_t n, REAL max, struct 
   return FN(sum)(e, ROUND_UP(n, GROUP), &lo) / EXP_SCALE;
 }
 
+static inline int64_t FN(label)(const struct pl_task *task, int64_t r, int64_t k)
+{
+  int64_t label;
+  memcpy(&label, FN(row_at)(task, &task->labels, r) + k * task->labels.classes, sizeof label);
+  return label;
+}
+
+static int64_t FN(flat_label)(const struct pl_task *task, int64_t r, int64_t k)
+{
+  return ((r / task->inner) * task->picks + k) * task->inner + r % task->inner;
+}
+
+/* The numbers of a block that are no exponentials: see spread. `room` is lost. */
+static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r, int64_t b, const REAL *x, REAL max, REAL *room)
+{
+  struct FN(spread) s = {0};
+  const int64_t first = b * BLOCK, n = FN(block_length)(task, b), groups = ROUND_UP(n, GROUP);
+  const char *where = FN(row_at)(task, &task->where, r);
+  const REAL *weight = task->losses.weight;
+  const REAL origin = FN(finite)(max) ? max : 0;
+  int64_t count = n;
+  if (task->labels.data) {
+    const int64_t label = FN(label)(task, r, 0) - first;
+    if (label >= 0 && label < n) s.target = x[label];
+  }
+  for (int64_t c = 0; where && c < n; c++) count -= !where[(first + c) * task->where.classes];
+  s.count = (REAL)count;
+  if (!task->losses.label_smoothing) return s;
+  s.mass.hi = s.count;
+  if (weight) {
+    for (int64_t c = 0; c < n; c++) room[c] = !where || where[(first + c) * task->where.classes] ? weight[first + c] : 0;
+    for (int64_t c = n; c < groups; c++) room[c] = 0;
+    s.mass.hi = FN(sum)(room, groups, &s.mass.lo);
+    for (int64_t c = 0; c < n; c++) room[c] = room[c] == 0 ? 0 : room[c] * (origin - x[c]);
+  } else {
+    for (int64_t c = 0; c < n; c++) room[c] = origin - x[c];
+    for (int64_t c = 0; where && c < n; c++) room[c] = where[(first + c) * task->where.classes] ? room[c] : 0;
+    for (int64_t c = n; c < groups; c++) room[c] = 0;
+  }
+  s.dot.hi = FN(sum)(room, groups, &s.dot.lo);
+  return s;
+}
+
 /* Step 4. Every factor is taken to the overall maximum, so that errors do not pile up in a row that keeps rising. */
 static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t count, struct FN(temperature) t)
 {
@@ -465,118 +562,22 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
   return row;
 }
 
-/* What the results need beside the row's numbers. */
-struct FN(closing) {
-  REAL log1p, log1p_lo;           /* log(sum of exp(x - max)) */
-  REAL reciprocal, reciprocal_lo; /* 1 / (sum of exp(x - max) * EXP_SCALE) */
-};
-
-/* Those of LANES rows. */
-struct FN(closings) {
-  REAL log1p[LANES], log1p_lo[LANES], reciprocal[LANES], reciprocal_lo[LANES];
-};
-
-static inline struct FN(closing) FN(closing_of)(const struct FN(closings) * f, int64_t l)
+/* The same for the other numbers: each block's distances are moved from its maximum to the row's. */
+static struct FN(spread) FN(join_spreads)(const struct FN(row) * blocks, int64_t count, REAL max)
 {
-  return (struct FN(closing)){f->log1p[l], f->log1p_lo[l], f->reciprocal[l], f->reciprocal_lo[l]};
-}
-
-/* LANES rows at once, as each step waits for the one before. A maximum of +inf (or -inf: no finite logit at all) makes every
- * probability NaN, as in every peer. */
-static void FN(close_rows)(int operation, const REAL *max, const REAL *sum, const REAL *sum_lo, struct FN(closings) * f)
-{
-  if (operation == PL_SOFTMAX || operation == PL_SCORE) {
-    for (int l = 0; l < LANES; l++) {
-      REAL total_lo;
-      const REAL total = FN(two_sum)(1, sum[l], &total_lo) + (max[l] - max[l]);
-      total_lo += sum_lo[l];
-      const REAL reciprocal = 1 / total;
-      const REAL residual = FMA(-total, reciprocal, 1) - total_lo * reciprocal;
-      f->reciprocal[l] = reciprocal / EXP_SCALE;
-      f->reciprocal_lo[l] = residual * reciprocal / EXP_SCALE;
-    }
+  struct FN(spread) s = {0};
+  const REAL origin = FN(finite)(max) ? max : 0;
+  for (int64_t b = 0; b < count; b++) {
+    const struct FN(spread) *block = &blocks[b].spread;
+    REAL lo;
+    const REAL move = FN(two_sum)(origin, FN(finite)(blocks[b].max) ? -blocks[b].max : 0, &lo);
+    const struct FN(pair) moved = FN(times)(block->mass, (struct FN(pair)){move, lo});
+    s.dot = FN(plus)(s.dot, FN(plus)(block->dot, moved));
+    s.mass = FN(plus)(s.mass, block->mass);
+    s.target += block->target;
+    s.count += block->count;
   }
-  if (operation != PL_SOFTMAX) {
-    for (int l = 0; l < LANES; l++) {
-      f->log1p[l] = FN(log1p_pair)(sum[l], sum_lo[l], &f->log1p_lo[l]) + (max[l] - max[l]);
-    }
-  }
-}
-
-static inline REAL FN(probability)(REAL e, struct FN(closing) f)
-{
-  return FMA(e, f.reciprocal, e * f.reciprocal_lo);
-}
-
-static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, struct FN(temperature) t)
-{
-  REAL lo;
-  const REAL hi = FN(exponent)(x, max, t.inverse, t.inverse_lo, &lo);
-  return FN(add_pairs)(hi, lo, -f.log1p, -f.log1p_lo);
-}
-
-/* max / temperature + log(sum); the infinities of max pass, where log1p holds a NaN from no other cause. */
-static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct FN(temperature) t)
-{
-  if (!FN(finite)(max)) return sum == sum ? max : sum;
-  const REAL scaled = max * t.inverse;
-  const REAL scaled_lo = FMA(max, t.inverse, -scaled) + max * t.inverse_lo;
-  return FN(add_pairs)(scaled, scaled_lo, f.log1p, f.log1p_lo);
-}
-
-/* sum of q (D + L) = sum of q D + L sum of q, D = (max - x) / temperature, L = log1p; q = 0 counts for nothing, whatever D.
- * dot and labels are pairs. A one-hot q gives the bits of -log_probability. */
-static inline REAL FN(dense_loss)(REAL dot, REAL dot_lo, REAL labels, REAL labels_lo, struct FN(closing) f)
-{
-  const REAL mass = labels * f.log1p;
-  const REAL mass_lo = FMA(labels, f.log1p, -mass) + (labels * f.log1p_lo + labels_lo * f.log1p);
-  return FN(add_pairs)(dot, dot_lo, mass, mass_lo);
-}
-
-/* q (max - x); q becomes its low part. The product's own rounding error is kept, so that the sum is good to a pair. */
-static inline REAL FN(weigh)(REAL x, REAL *q, REAL max)
-{
-  REAL lo;
-  const REAL hi = FN(two_sum)(max, -x, &lo);
-  const REAL product = *q * hi;
-  const REAL product_lo = FMA(*q, hi, -product) + *q * lo;
-  const bool counts = *q != 0;
-  *q = counts && FN(finite)(product) ? product_lo : 0;
-  return counts ? product : 0;
-}
-
-static inline int64_t FN(label)(const struct pl_task *task, int64_t r, int64_t k)
-{
-  int64_t label;
-  memcpy(&label, FN(row_at)(task, &task->labels, r) + k * task->labels.classes, sizeof label);
-  return label;
-}
-
-static int64_t FN(flat_label)(const struct pl_task *task, int64_t r, int64_t k)
-{
-  return ((r / task->inner) * task->picks + k) * task->inner + r % task->inner;
-}
-
-/* One picked log-probability, or the loss that is its negative: subtracted from 0, so that a certain row's is not -0. */
-static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REAL log_probability)
-{
-  const bool loss = task->operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY;
-  FN(store)(out + k * task->out.classes, loss ? 0 - log_probability : log_probability, task->out_dtype);
-}
-
-/* The outputs of PL_SCORE for row r. */
-static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(closing) f,
-                          struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
-{
-  const int64_t k = task->picks;
-  ((REAL *)task->logsumexp)[r] = FN(log_sum)(row->max, row->sum, f, t);
-  ((REAL *)task->entropy)[r] = f.log1p + row->dot * (f.reciprocal * EXP_SCALE);
-  for (int64_t i = 0; i < k; i++) {
-    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability)(FN(term)(top_x[i], row->max, t), f);
-    task->top_k_indices[r * k + i] = top_index[i];
-  }
-  ((REAL *)task->confidence)[r] = ((REAL *)task->top_k_probabilities)[r * k];
-  task->prediction[r] = top_index[0];
+  return s;
 }
 
 /* Keeps the k largest of a row so far, largest first, the earlier of equals first, NaN above all (as np.argmax does). */
@@ -613,19 +614,27 @@ struct FN(slot) {
   struct FN(block) block;
   struct FN(row) row;
   const REAL *x;
-  REAL *room, *e; /* of a block each */
-  REAL *top_x;    /* PL_SCORE: its largest logits, and their classes */
+  REAL *room, *e;      /* of a block each: logits, and terms */
+  REAL *first, *other; /* PL_CROSS_ENTROPY: the same, for anything else */
+  REAL *top_x;         /* PL_SCORE: its largest logits, and their classes */
   int64_t *top_index;
   int64_t kept;
   REAL dot;
+  struct FN(spread) spread;
 };
+
+/* Whether the second pass over a row is made from its terms. */
+static inline bool FN(keeps_terms)(const struct pl_task *task)
+{
+  return task->operation == PL_SOFTMAX || (task->operation == PL_CROSS_ENTROPY && task->losses.grad.data);
+}
 
 static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next,
                       const REAL *to, struct FN(slot) * slot)
 {
   const int64_t n = FN(block_length)(task, b);
   const bool scoring = task->operation == PL_SCORE;
-  const bool keep = scoring || (task->operation == PL_SOFTMAX && task->classes <= BLOCK);
+  const bool keep = scoring || (FN(keeps_terms)(task) && task->classes <= BLOCK);
   FN(start_block)(&slot->block, slot->x, slot->e, n, max, t, next, to, keep);
   if (!scoring) return;
   if (b == 0) slot->kept = 0;
@@ -637,6 +646,7 @@ static struct FN(row) FN(finish)(const struct FN(slot) * slot)
 {
   struct FN(row) row = FN(finish_block)(&slot->block);
   row.dot = slot->dot;
+  row.spread = slot->spread;
   return row;
 }
 
@@ -668,6 +678,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
                                   struct FN(slot) * slots)
 {
   const int64_t n = task->classes;
+  const bool keep = FN(keeps_terms)(task);
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
@@ -675,11 +686,13 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
     slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), where, 0, n, slots[i].room);
     max[i] = FN(maximum)(slots[i].x, n);
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
-    to[i] = task->operation == PL_SOFTMAX ? (const REAL *)(void *)FN(row_at)(task, &task->out, r + i) : next[i];
+    to[i] = keep ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
+    if (task->operation == PL_CROSS_ENTROPY)
+      slots[i].spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
   if (task->operation == PL_SCORE || !FN(all_near)(max, rows, t)) {
     for (int64_t i = 0; i < rows; i++) FN(start)(task, 0, max[i], t, next[i], to[i], &slots[i]);
-  } else if (task->operation == PL_SOFTMAX) {
+  } else if (keep) {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, true);
   } else {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, false);
@@ -697,139 +710,9 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
     slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
-    FN(start)(task, b, FN(maximum)(slot->x, n), t, next, next, slot);
+    const REAL max = FN(maximum)(slot->x, n);
+    if (task->operation == PL_CROSS_ENTROPY) slot->spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
+    FN(start)(task, b, max, t, next, next, slot);
     blocks[b] = FN(finish)(slot);
   }
-}
-
-static inline VEC FN(scaled)(VEC term, struct FN(closing) f)
-{
-  return FN(vec_fma)(term, FN(vec_fill)(f.reciprocal), term * FN(vec_fill)(f.reciprocal_lo));
-}
-
-/* Probabilities from the terms that start_block kept. */
-static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, struct FN(closing) f)
-{
-  int64_t c = 0;
-  for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(scaled)(FN(vec_load)(e + c), f));
-  if (c < n) FN(vec_store_part)(result + c, n - c, FN(scaled)(FN(vec_load)(e + c), f));
-}
-
-/* Probabilities from logits. */
-INLINE void FN(write_probabilities)(const REAL *x, REAL *result, int64_t n, const struct FN(origin) * o, struct FN(closing) f,
-                                    const REAL *next)
-{
-  int64_t c = 0;
-  for (; c + GROUP <= n; c += GROUP) {
-    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(next + c + i * LANES);
-#pragma GCC unroll 4
-    for (int v = 0; v < GROUP; v += VEC_LANES)
-      FN(vec_store)(result + c + v, FN(scaled)(FN(terms)(FN(vec_load)(x + c + v), o), f));
-  }
-  for (; c < n; c += VEC_LANES) {
-    const VEC part = FN(vec_load_part)(x + c, FN(part)(n, c), FN(vec_fill)(0));
-    FN(vec_store_part)(result + c, FN(part)(n, c), FN(scaled)(FN(terms)(part, o), f));
-  }
-}
-
-static void FN(write_block)(const REAL *x, REAL *room, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
-                            struct FN(closing) f, const REAL *next)
-{
-  x = FN(come_near)(x, n, &max, t, room);
-  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
-  if (!o.plain) {
-    FN(write_probabilities)(x, result, n, &o, f, next);
-  } else {
-    o.plain = true; /* as the compiler now knows */
-    FN(write_probabilities)(x, result, n, &o, f, next);
-  }
-}
-
-/* The results of a row; of those that are as long as the row, its blocks [first, last). */
-static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
-                             struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
-{
-  const int64_t classes = task->classes;
-  const int64_t count = FN(block_count)(task);
-  const char *logits = FN(row_at)(task, &task->logits, r);
-  const char *where = FN(row_at)(task, &task->where, r);
-  char *out = FN(row_at)(task, &task->out, r);
-  const REAL *x = slot->x;
-  REAL *room = slot->room, *e = slot->e;
-  const struct FN(row) row = slot->row;
-  const bool scoring = task->operation == PL_SCORE;
-  int64_t bad = -1;
-
-  if (task->operation == PL_LOGSUMEXP) {
-    FN(store)(out, FN(log_sum)(row.max, row.sum, f, t), task->out_dtype);
-    return -1;
-  }
-  if (scoring) FN(score_row)(task, r, &row, f, t, slot->top_x, slot->top_index);
-
-  if (task->labels.data && task->operation != PL_SOFTMAX_CROSS_ENTROPY) {
-    for (int64_t k = 0; k < (scoring ? 1 : task->picks); k++) {
-      const int64_t label = FN(label)(task, r, k);
-      const bool inside = label >= 0 && label < classes;
-      const REAL picked = inside ? FN(load)(logits + label * task->logits.classes, task->dtype) : NAN;
-      const REAL result = FN(log_probability)(picked, row.max, f, t);
-      if (!inside) bad = FN(flat_label)(task, r, k);
-      if (scoring) {
-        ((REAL *)task->loss)[r] = 0 - result;
-        task->correct[r] = label == task->prediction[r];
-      } else {
-        FN(store_pick)(task, out, k, result);
-      }
-    }
-    return bad;
-  }
-  if (scoring) return -1;
-
-  /* The second pass. A row of one block is still in x and e; of a longer one each block is staged again, from cache. */
-  const bool native = task->out_dtype == NATIVE_DTYPE && task->out.classes == (int64_t)sizeof(REAL);
-  const bool streamed = native && task->outer * task->inner * classes * (int64_t)sizeof(REAL) >= STREAM_BYTES;
-  const bool direct = native && !streamed;
-  REAL dot = 0, dot_lo = 0, mass = 0, mass_lo = 0;
-  for (int64_t b = first; b < last; b++) {
-    const int64_t n = FN(block_length)(task, b);
-    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room);
-    if (task->operation == PL_SOFTMAX_CROSS_ENTROPY) {
-      REAL lo, part_lo;
-      const char *labels = FN(row_at)(task, &task->labels, r);
-      const int64_t groups = ROUND_UP(n, GROUP);
-      FN(load_many)(e, labels + b * BLOCK * task->labels.classes, task->labels.classes, n, task->dtype);
-      for (int64_t c = n; c < groups; c++) e[c] = 0;
-      REAL part = FN(sum)(e, groups, &part_lo);
-      mass = FN(two_sum)(mass, part, &lo);
-      mass_lo += lo + part_lo;
-      for (int64_t c = 0; c < n; c++) room[c] = FN(weigh)(x[c], &e[c], row.max);
-      for (int64_t c = n; c < groups; c++) room[c] = 0;
-      part = FN(sum)(room, groups, &part_lo);
-      part_lo += FN(sum)(e, groups, &lo);
-      dot = FN(two_sum)(dot, part, &lo);
-      dot_lo += (FN(finite)(dot) ? lo : 0) + part_lo;
-      continue;
-    }
-    const bool log = task->operation == PL_LOG_SOFTMAX;
-    char *to = out + b * BLOCK * task->out.classes;
-    REAL *result = direct ? (REAL *)(void *)to : room;
-    if (log) {
-      for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
-    } else if (count == 1) {
-      FN(scale_terms)(e, result, n, f);
-    } else {
-      FN(write_block)(x, room, result, n, row.max, t, f, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
-    }
-    if (where) {
-      for (int64_t c = 0; c < n; c++)
-        if (!where[(b * BLOCK + c) * task->where.classes]) result[c] = log ? -INFINITY : 0;
-    }
-    if (streamed) {
-      pl_stream(to, (const char *)room, (size_t)n * sizeof(REAL));
-    } else if (!direct) {
-      FN(store_many)(to, room, task->out.classes, n, task->out_dtype);
-    }
-  }
-  if (task->operation == PL_SOFTMAX_CROSS_ENTROPY)
-    FN(store)(out, FN(dense_loss)(dot, dot_lo, mass, mass_lo, f), task->out_dtype);
-  return -1;
 }

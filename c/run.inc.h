@@ -9,20 +9,21 @@ static bool FN(side_by_side)(const struct pl_task *task)
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   if (task->operation == PL_SCORE || rows < LANES / 2) return false;
-  return task->classes <= 2 * LANES || (task->classes <= TILE && FN(side_by_side)(task));
+  const int64_t most = task->operation == PL_CROSS_ENTROPY ? 2 * TILE / TILES_OF_LOSS : TILE;
+  return task->classes <= 2 * LANES || (task->classes <= most && FN(side_by_side)(task));
 }
 
-/* A tile for each block of rows too long for one; dense labels would need another beside it. */
+/* A tile for each block of rows too long for one. */
 static bool FN(by_tall_tile)(const struct pl_task *task, int64_t rows)
 {
-  if (task->operation == PL_SCORE || task->operation == PL_SOFTMAX_CROSS_ENTROPY || rows < LANES / 2) return false;
+  if (task->operation == PL_SCORE || task->operation == PL_CROSS_ENTROPY || rows < LANES / 2) return false;
   return task->classes > TILE && FN(side_by_side)(task);
 }
 
 static struct FN(temperature) FN(invert)(const struct pl_task *task)
 {
   struct FN(temperature) t;
-  const REAL temperature = (REAL)task->temperature;
+  const REAL temperature = task->losses.softcap ? 1 : (REAL)task->temperature; /* that of a softcap comes before it */
   t.inverse = 1 / temperature;
   t.inverse_lo = FMA(-temperature, t.inverse, 1) * t.inverse;
   return t;
@@ -31,7 +32,7 @@ static struct FN(temperature) FN(invert)(const struct pl_task *task)
 static int64_t FN(run_tall_tiles)(const struct pl_task *task, int64_t begin, int64_t end, struct FN(temperature) t,
                                   REAL *scratch)
 {
-  const bool whole = pl_is_whole(task->operation);
+  const bool whole = pl_whole(task);
   const int64_t count = FN(block_count)(task);
   struct FN(tile) tile = {.x = scratch};
   struct FN(slot) slot = {.room = NULL};
@@ -53,6 +54,29 @@ static int64_t FN(run_tall_tiles)(const struct pl_task *task, int64_t begin, int
   return bad;
 }
 
+/* Four quarters of the scratch for the blocks of a slot; rows of one block take their places side by side. */
+static void FN(give_room)(struct FN(slot) * slot, REAL *scratch, int64_t offset)
+{
+  slot->room = scratch + offset;
+  slot->first = scratch + ROOM / 2 + offset;
+  slot->e = scratch + ROOM + offset;
+  slot->other = scratch + ROOM + ROOM / 2 + offset;
+}
+
+static struct FN(row) FN(join_row)(const struct pl_task *task, const struct FN(row) * blocks, struct FN(temperature) t)
+{
+  struct FN(row) row = FN(join_blocks)(blocks, FN(block_count)(task), t);
+  if (task->operation == PL_CROSS_ENTROPY) row.spread = FN(join_spreads)(blocks, FN(block_count)(task), row.max);
+  return row;
+}
+
+static int64_t FN(write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                         struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
+{
+  if (task->operation == PL_CROSS_ENTROPY) return FN(write_loss)(task, r, first, last, end, t, slot, f);
+  return FN(write_row)(task, r, first, last, end, t, slot, f);
+}
+
 static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
 {
   REAL scratch[2 * ROOM]; /* of tiles; or of the blocks of rows: logits, and terms */
@@ -61,13 +85,14 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
 
   if (FN(by_tile)(task, end - begin)) {
     struct FN(tile) tiles[TILES];
-    const bool labelled = task->operation == PL_SOFTMAX_CROSS_ENTROPY;
+    const int64_t each = task->operation == PL_CROSS_ENTROPY ? TILES_OF_LOSS : 1;
     const int64_t tile_size = task->classes * LANES;
-    const int64_t fitting = (int64_t)(sizeof scratch / sizeof(REAL)) / (labelled ? 2 * tile_size : tile_size);
+    const int64_t fitting = (int64_t)(sizeof scratch / sizeof(REAL)) / (each * tile_size);
     const int64_t most = fitting < TILES ? fitting : TILES;
     for (int64_t i = 0; i < most; i++) {
-      tiles[i].x = scratch + i * tile_size;
-      tiles[i].e = labelled ? scratch + (most + i) * tile_size : NULL;
+      tiles[i].x = scratch + i * each * tile_size;
+      tiles[i].q = each > 1 ? tiles[i].x + tile_size : NULL;
+      tiles[i].other = each > 1 ? tiles[i].x + 2 * tile_size : NULL;
     }
     for (int64_t r = begin; r < end; r += most * LANES) {
       const int64_t rows = end - r < most * LANES ? end - r : most * LANES;
@@ -93,8 +118,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   if (kept && !(top_x = malloc((size_t)(batch * kept) * sizeof *top_x))) bad = -2;
   for (int64_t i = 0; i < batch; i++) {
     slots[i].dot = 0;
-    slots[i].room = scratch + i * row_size;
-    slots[i].e = scratch + ROOM + i * row_size;
+    FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index + i * kept;
     slots[i].top_x = top_x + i * kept;
   }
@@ -106,7 +130,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
       FN(reduce_short_rows)(task, r, rows, end, t, slots);
     } else {
       FN(reduce_blocks)(task, r, 0, blocks, end, t, slots, joined);
-      slots->row = FN(join_blocks)(joined, blocks, t);
+      slots->row = FN(join_row)(task, joined, t);
     }
     for (int64_t i = 0; i < rows; i++) {
       max[i] = slots[i].row.max;
@@ -115,7 +139,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     }
     FN(close_rows)(task->operation, max, sum, sum_lo, &f);
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t found = FN(write_row)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
+      const int64_t found = FN(write)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
       if (bad == -1) bad = found;
     }
   }
@@ -131,7 +155,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
 static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
 {
   REAL scratch[2 * ROOM];
-  struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};
+  struct FN(slot) slot = {0};
+  FN(give_room)(&slot, scratch, 0);
   FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
 }
 
@@ -140,11 +165,12 @@ static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t fir
   REAL scratch[2 * ROOM];
   struct FN(closings) f;
   const struct FN(temperature) t = FN(invert)(task);
-  struct FN(slot) slot = {.room = scratch, .e = scratch + ROOM};
-  slot.row = FN(join_blocks)(blocks, FN(block_count)(task), t);
+  struct FN(slot) slot = {0};
+  FN(give_room)(&slot, scratch, 0);
+  slot.row = FN(join_row)(task, blocks, t);
   REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
   FN(close_rows)(task->operation, max, sum, sum_lo, &f);
-  const int64_t bad = FN(write_row)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
+  const int64_t bad = FN(write)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
   pl_stream_end();
   return bad;
 }

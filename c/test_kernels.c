@@ -14,7 +14,7 @@
 
 static const int64_t class_counts[] = {1, 2, 3, 7, 10, 16, 17, 31, 64, 65, 100, 127, 1000, 4096, 4097, 5001};
 static const char *const operation_names[] = {
-    "softmax", "log_softmax", "logsumexp", "selective_log_softmax", "softmax_cross_entropy", "sparse_softmax_cross_entropy"};
+    "softmax", "log_softmax", "logsumexp", "selective_log_softmax", "sparse_softmax_cross_entropy", "cross_entropy"};
 #define ROWS 19
 #define FLOAT_ULP 4
 #define DOUBLE_ULP 8
@@ -78,7 +78,7 @@ static long double expected(int operation, const void *logits, const void *dense
       return expl(log_probability);
     case PL_LOGSUMEXP:
       return row.max + row.log_sum;
-    case PL_SOFTMAX_CROSS_ENTROPY:
+    case PL_CROSS_ENTROPY:
       for (int64_t i = 0; i < classes; i++)
         loss += get(dense, dtype, r * classes + i) * (row.max - get(logits, dtype, r * classes + i) + row.log_sum);
       return loss;
@@ -105,14 +105,14 @@ static int run_case(int operation, int dtype, int64_t classes)
   for (int r = 0; r < ROWS; r++) labels[r] = (int64_t)(uniform() * (double)classes);
 
   const int is_full = operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
-  const int is_dense = operation == PL_SOFTMAX_CROSS_ENTROPY;
+  const int is_dense = operation == PL_CROSS_ENTROPY;
   struct pl_task task = {.operation = operation, .dtype = dtype, .out_dtype = dtype, .outer = ROWS, .classes = classes};
   task.inner = task.picks = 1;
   task.temperature = 1;
   task.logits = (struct pl_view){logits, classes * size, size, size};
   task.out = (struct pl_view){out, is_full ? classes * size : size, size, size};
   if (is_dense) {
-    task.labels = (struct pl_view){dense, classes * size, size, size};
+    task.losses.probabilities = (struct pl_view){dense, classes * size, size, size};
   } else if (!is_full && operation != PL_LOGSUMEXP) {
     task.labels = (struct pl_view){labels, 8, 8, 8};
   }
@@ -147,7 +147,7 @@ int main(void)
   for (int index = 0; index < pl_isa_count(); index++) {
     pl_use_isa(pl_isa_name(index));
     printf("# %s\n", pl_isa());
-    for (int operation = PL_SOFTMAX; operation <= PL_SPARSE_SOFTMAX_CROSS_ENTROPY; operation++)
+    for (int operation = PL_SOFTMAX; operation <= PL_CROSS_ENTROPY; operation++)
       for (size_t i = 0; i < sizeof class_counts / sizeof *class_counts; i++)
         for (int dtype = PL_FLOAT32; dtype <= PL_FLOAT64; dtype++)
           if (!run_case(operation, dtype, class_counts[i])) {

@@ -18,10 +18,10 @@ static void FN(load_strips)(const struct pl_task *task, const struct pl_view *vi
   FN(vec_store)(x[i] + c * LANES + v, FN(vec_load)((const REAL *)(const void *)base + i * LANES + v));
 }
 
-static void FN(store_strips)(const struct pl_task *task, int64_t r, int64_t count, REAL *const *x)
+static void FN(store_strips)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t count, REAL *const *x)
 {
-  char *base = FN(row_at)(task, &task->out, r);
-  for (int64_t c = 0; c < task->classes; c++, base += task->out.classes)
+  char *base = FN(row_at)(task, view, r);
+  for (int64_t c = 0; c < task->classes; c++, base += view->classes)
     for (int64_t i = 0; i < count; i++)
       EACH_VEC(v) FN(vec_store)((REAL *)(void *)base + i * LANES + v, FN(vec_load)(x[i] + c * LANES + v));
 }
@@ -65,22 +65,21 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
     for (int64_t c = 0; c < classes; c++) x[c * LANES + l] = FN(load)(base[l] + c * view->classes, dtype);
 }
 
-static void FN(store_tile)(const struct pl_task *task, int64_t r, int64_t rows, REAL *x)
+static void FN(store_tile)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows, REAL *x)
 {
-  const int dtype = task->out_dtype;
-  const int64_t classes = task->classes, stride = task->out.classes;
+  const int64_t classes = task->classes, stride = view->classes;
   char *base[LANES];
   int64_t l = 0;
-  if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
+  if (FN(adjacent)(task, view, r, rows, dtype)) {
     if (rows == LANES && dtype == NATIVE_DTYPE) {
-      FN(store_strips)(task, r, 1, &x);
+      FN(store_strips)(task, view, r, 1, &x);
       return;
     }
-    char *first = FN(row_at)(task, &task->out, r);
+    char *first = FN(row_at)(task, view, r);
     for (int64_t c = 0; c < classes; c++) FN(store_many)(first + c * stride, x + c * LANES, pl_itemsize(dtype), rows, dtype);
     return;
   }
-  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, &task->out, r + i);
+  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, stride, dtype)) {
     for (; l + ACROSS <= rows; l += ACROSS) {
       for (int64_t c = 0; c < classes; c += ACROSS) {
@@ -270,18 +269,14 @@ static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL
 /* A tile under way. */
 struct FN(tile) {
   int64_t r, rows;
-  REAL *x, *e; /* logits and, for PL_SOFTMAX_CROSS_ENTROPY, labels: [class][row] */
+  REAL *x;         /* logits, then terms, then results: [class][row] */
+  REAL *q, *other; /* PL_CROSS_ENTROPY: two more */
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
+  struct FN(pair) dot[LANES], mass[LANES]; /* PL_CROSS_ENTROPY, see loss.inc.h */
+  struct FN(spread) spread[LANES];
 };
-
-/* Steps 1 to 3 for the classes that are in x. */
-static void FN(reduce_tile)(struct FN(tile) * tile, int64_t classes, struct FN(temperature) t, bool keep)
-{
-  FN(maximum_of_tile)(tile->x, classes, tile->max);
-  FN(plant_tile)(tile->x, classes, t, keep, tile->max, &tile->tree, tile->ones);
-}
 
 static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
 {
@@ -298,7 +293,7 @@ static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
 static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const int64_t classes = task->classes, r = tile->r, rows = tile->rows;
-  REAL *x = tile->x, *e = tile->e;
+  REAL *x = tile->x;
   REAL result[LANES];
   int64_t bad = -1;
 
@@ -317,18 +312,6 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
     case PL_LOGSUMEXP:
       for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(tile->max[l], tile->sum[l], FN(closing_of)(&tile->f, l), t);
       break;
-    case PL_SOFTMAX_CROSS_ENTROPY: {
-      REAL mass[LANES], mass_lo[LANES], dot[LANES], dot_lo[LANES], low[LANES], low_lo[LANES];
-      FN(load_tile)(task, &task->labels, task->dtype, r, rows, e);
-      FN(sum_tile)(e, classes, mass, mass_lo);
-      for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(weigh)(x[c * LANES + l], &e[c * LANES + l], tile->max[l]);
-      FN(sum_tile)(x, classes, dot, dot_lo);
-      FN(sum_tile)(e, classes, low, low_lo);
-      for (int l = 0; l < LANES; l++)
-        result[l] = FN(dense_loss)(dot[l], dot_lo[l] + low[l], mass[l], mass_lo[l], FN(closing_of)(&tile->f, l));
-      break;
-    }
     default: /* PL_SELECTIVE_LOG_SOFTMAX and PL_SPARSE_SOFTMAX_CROSS_ENTROPY */
       for (int64_t k = 0; k < task->picks; k++) {
         for (int64_t l = 0; l < LANES; l++) {
@@ -352,14 +335,159 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
   return -1;
 }
 
+/* ---- the cross entropies: see loss.inc.h ---- */
+
+/* The class weights of LANES rows, or ones, and 0 where masked out. */
+static void FN(weigh_classes)(const struct pl_task *task, const struct FN(tile) * tile, REAL *q)
+{
+  const REAL *weight = task->losses.weight;
+  for (int64_t c = 0; c < task->classes; c++)
+    for (int l = 0; l < LANES; l++) q[c * LANES + l] = weight ? weight[c] : 1;
+  FN(mask_tile)(task, tile->r, tile->rows, q, 0);
+}
+
+static void FN(load_target_tile)(const struct pl_task *task, const struct FN(tile) * tile, REAL *q)
+{
+  const REAL *weight = task->losses.weight;
+  FN(load_tile)(task, &task->losses.probabilities, task->dtype, tile->r, tile->rows, q);
+  for (int64_t c = 0; weight && c < task->classes; c++)
+    for (int l = 0; l < LANES; l++) q[c * LANES + l] *= weight[c];
+  FN(mask_tile)(task, tile->r, tile->rows, q, 0);
+}
+
+static void FN(sum_to_pairs)(const REAL *e, int64_t classes, struct FN(pair) * sums)
+{
+  REAL sum[LANES], sum_lo[LANES];
+  FN(sum_tile)(e, classes, sum, sum_lo);
+  for (int l = 0; l < LANES; l++) sums[l] = (struct FN(pair)){sum[l], sum_lo[l]};
+}
+
+/* What a loss needs beside the sum of exponentials, from logits and their maxima. */
+static int64_t FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
+{
+  const int64_t classes = task->classes, size = classes * LANES;
+  const REAL *x = tile->x, *weight = task->losses.weight;
+  REAL *q = tile->q, *products = tile->other;
+  struct FN(pair) sums[LANES];
+  REAL origin[LANES];
+  int64_t bad = -1;
+  memset(tile->spread, 0, sizeof tile->spread);
+  for (int64_t l = 0; l < LANES; l++) {
+    const char *where = l < tile->rows ? FN(row_at)(task, &task->where, tile->r + l) : NULL;
+    int64_t count = classes;
+    for (int64_t c = 0; where && c < classes; c++) count -= !where[c * task->where.classes];
+    tile->spread[l].count = (REAL)count;
+  }
+  if (task->losses.label_smoothing) {
+    FN(weigh_classes)(task, tile, q);
+    FN(sum_to_pairs)(q, classes, sums);
+    for (int l = 0; l < LANES; l++) tile->spread[l].mass = sums[l];
+    for (int l = 0; l < LANES; l++) origin[l] = FN(finite)(tile->max[l]) ? tile->max[l] : 0;
+    for (int64_t c = 0; c < size; c += LANES) {
+      EACH_VEC(v)
+      {
+        const VEC w = FN(vec_load)(q + c + v), distance = FN(vec_load)(origin + v) - FN(vec_load)(x + c + v);
+        FN(vec_store)(products + c + v, FN(vec_unless_equal)(w * distance, w, FN(vec_fill)(0)));
+      }
+    }
+    FN(sum_to_pairs)(products, classes, sums);
+    for (int l = 0; l < LANES; l++) tile->spread[l].dot = sums[l];
+  }
+  if (!task->labels.data) {
+    FN(load_target_tile)(task, tile, q);
+    FN(sum_to_pairs)(q, classes, tile->mass);
+    for (int64_t i = 0; i < size; i++) products[i] = FN(weigh)(x[i], &q[i], tile->max[i % LANES]);
+    FN(sum_to_pairs)(products, classes, tile->dot);
+    FN(sum_to_pairs)(q, classes, sums);
+    for (int l = 0; l < LANES; l++) tile->dot[l].lo += sums[l].hi;
+    return -1;
+  }
+  for (int64_t l = 0; l < LANES; l++) {
+    int64_t label = l < tile->rows ? FN(label)(task, tile->r + l, 0) : 0;
+    if (label < 0 || label >= classes) {
+      if (bad == -1 && !FN(is_ignored)(task, tile->r + l)) bad = FN(flat_label)(task, tile->r + l, 0);
+      label = 0;
+    }
+    tile->spread[l].target = x[label * LANES + l];
+    tile->mass[l] = (struct FN(pair)){weight ? weight[label] : 1, 0};
+    tile->dot[l] = FN(weigh_label)(tile->spread[l].target, tile->mass[l].hi, tile->max[l]);
+  }
+  return bad;
+}
+
+/* From the terms in x to gradients in x. */
+static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * tile, const struct FN(loss) * loss,
+                                 const bool *nothing)
+{
+  const int64_t classes = task->classes, size = classes * LANES;
+  const REAL *weight = task->losses.weight;
+  REAL *x = tile->x, *q = tile->q, *slopes = tile->other;
+  const bool soft = !task->labels.data;
+  REAL factor[LANES], factor_lo[LANES], keep[LANES], even[LANES];
+  for (int l = 0; l < LANES; l++) {
+    factor[l] = loss[l].factor.hi;
+    factor_lo[l] = loss[l].factor.lo;
+    keep[l] = loss[l].keep;
+    even[l] = loss[l].even;
+  }
+  if (soft) FN(load_target_tile)(task, tile, q);
+  for (int64_t l = 0; !soft && l < tile->rows; l++) { /* of labels, what replaces their classes' gradients */
+    const int64_t label = FN(label)(task, tile->r + l, 0);
+    if (nothing[l]) continue;
+    const REAL term = x[label * LANES + l], of_label = weight ? weight[label] : 1;
+    const REAL minus = FMA(of_label, keep[l], of_label * even[l]);
+    slopes[l] = FMA(term, factor[l], FMA(term, factor_lo[l], -minus));
+  }
+  for (int64_t c = 0; c < classes; c++) {
+    const REAL of_class = weight ? weight[c] : 1;
+    for (int l = 0; l < LANES; l++) {
+      const REAL rest = of_class * even[l], minus = soft ? FMA(q[c * LANES + l], keep[l], rest) : rest;
+      x[c * LANES + l] = FMA(x[c * LANES + l], factor[l], FMA(x[c * LANES + l], factor_lo[l], -minus));
+    }
+  }
+  for (int64_t l = 0; !soft && l < tile->rows; l++)
+    if (!nothing[l]) x[FN(label)(task, tile->r + l, 0) * LANES + l] = slopes[l];
+  if (task->losses.softcap) {
+    FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
+    FN(cap_slopes)(task, slopes, size);
+    for (int64_t i = 0; i < size; i++) x[i] *= slopes[i];
+  }
+  FN(mask_tile)(task, tile->r, tile->rows, x, 0);
+  for (int l = 0; l < LANES; l++)
+    for (int64_t c = 0; nothing[l] && c < classes; c++) x[c * LANES + l] = 0;
+}
+
+/* The losses are stored, the gradients left in x. */
+static void FN(write_loss_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
+{
+  const struct FN(options) options = FN(options_of)(task);
+  REAL value[LANES];
+  bool nothing[LANES];
+  struct FN(loss) loss[LANES];
+  for (int64_t l = 0; l < LANES; l++) {
+    const int64_t r = l < tile->rows ? tile->r + l : tile->r;
+    loss[l] =
+        FN(close_loss)(&options, tile->max[l], FN(closing_of)(&tile->f, l), t, tile->dot[l], tile->mass[l], &tile->spread[l],
+                       FN(of_row)(task->losses.sample_weight, r), FN(of_row)(task->losses.loss_grad, r));
+    const int64_t label = task->labels.data ? FN(label)(task, r, 0) : 0;
+    const bool inside = label >= 0 && label < task->classes;
+    nothing[l] = tile->spread[l].count == 0 || !inside || (task->labels.data && FN(is_ignored)(task, r));
+    value[l] = !nothing[l] ? loss[l].value : 0;
+  }
+  if (task->losses.grad.data) FN(write_slope_tile)(task, tile, loss, nothing);
+  FN(store_line)(task, tile->r, tile->rows, value);
+}
+
 /* Step by step, so that the operations of a step, each waiting for the one before, overlap with the other tiles'. */
 static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(temperature) t,
                              struct FN(tile) * tiles, int64_t count)
 {
-  const bool whole = pl_is_whole(task->operation);
+  const bool loss = task->operation == PL_CROSS_ENTROPY, keep = FN(keeps_terms)(task);
+  const struct pl_view *whole = pl_whole(task);
+  const int whole_dtype = loss ? task->dtype : task->out_dtype;
   const bool full = rows == count * LANES && task->dtype == NATIVE_DTYPE && task->out_dtype == NATIVE_DTYPE;
   const bool strips = full && FN(adjacent)(task, &task->logits, r, rows, task->dtype);
-  const bool out_strips = full && FN(adjacent)(task, &task->out, r, rows, task->out_dtype);
+  const bool whole_strips = full && whole && FN(adjacent)(task, whole, r, rows, whole_dtype);
   REAL *x[TILES];
   int64_t bad = -1;
   for (int64_t i = 0; i < count; i++) {
@@ -369,16 +497,22 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
     if (!strips) FN(load_tile)(task, &task->logits, task->dtype, tiles[i].r, tiles[i].rows, x[i]);
   }
   if (strips) FN(load_strips)(task, &task->logits, r, count, x);
-  for (int64_t i = 0; i < count; i++) FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
-  for (int64_t i = 0; i < count; i++) FN(reduce_tile)(&tiles[i], task->classes, t, task->operation == PL_SOFTMAX);
+  for (int64_t i = 0; i < count; i++) {
+    if (task->losses.softcap) FN(cap)(task, x[i], task->classes * LANES);
+    FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
+    FN(maximum_of_tile)(x[i], task->classes, tiles[i].max);
+    const int64_t found = loss ? FN(spread_tile)(task, &tiles[i]) : -1;
+    if (bad == -1) bad = found;
+  }
+  for (int64_t i = 0; i < count; i++) FN(plant_tile)(x[i], task->classes, t, keep, tiles[i].max, &tiles[i].tree, tiles[i].ones);
   for (int64_t i = 0; i < count; i++) FN(finish_tile)(&tiles[i], task->classes);
   for (int64_t i = 0; i < count; i++) FN(close_rows)(task->operation, tiles[i].max, tiles[i].sum, tiles[i].sum_lo, &tiles[i].f);
   for (int64_t i = 0; i < count; i++) {
-    const int64_t found = FN(write_tile)(task, &tiles[i], t);
+    const int64_t found = loss ? (FN(write_loss_tile)(task, &tiles[i], t), -1) : FN(write_tile)(task, &tiles[i], t);
     if (bad == -1) bad = found;
-    if (whole && !out_strips) FN(store_tile)(task, tiles[i].r, tiles[i].rows, x[i]);
+    if (whole && !whole_strips) FN(store_tile)(task, whole, whole_dtype, tiles[i].r, tiles[i].rows, x[i]);
   }
-  if (whole && out_strips) FN(store_strips)(task, r, count, x);
+  if (whole_strips) FN(store_strips)(task, whole, r, count, x);
   return bad;
 }
 
@@ -404,7 +538,8 @@ static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * t
     const struct pl_task part = FN(block_task)(task, b);
     FN(load_tile)(&part, &part.logits, part.dtype, tile->r, tile->rows, tile->x);
     FN(mask_tile)(&part, tile->r, tile->rows, tile->x, -INFINITY);
-    FN(reduce_tile)(tile, part.classes, t, false);
+    FN(maximum_of_tile)(tile->x, part.classes, tile->max);
+    FN(plant_tile)(tile->x, part.classes, t, false, tile->max, &tile->tree, tile->ones);
     FN(finish_tile)(tile, part.classes);
     for (int64_t l = 0; l < tile->rows; l++)
       blocks[l * count + b] = (struct FN(row)){.max = tile->max[l], .sum = tile->sum[l], .sum_lo = tile->sum_lo[l]};
@@ -438,6 +573,6 @@ static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * ti
       }
     }
     FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
-    FN(store_tile)(&part, tile->r, tile->rows, x);
+    FN(store_tile)(&part, &part.out, part.out_dtype, tile->r, tile->rows, x);
   }
 }

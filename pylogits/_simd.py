@@ -1,5 +1,6 @@
 """The C backend as a backend module: arguments into a task, one call into C."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pylogits._c import ffi, lib
-from pylogits._reference import Scores
+from pylogits._reference import LossOptions, Scores
 
 Array = npt.NDArray[Any]
 
@@ -41,6 +42,7 @@ def _run(
     temperature: float = 1.0,
     picks: int = 1,
     scores: Scores | None = None,
+    losses: Mapping[str, Any] | None = None,
 ) -> int:
     task = ffi.new("struct pl_task *")
     task.operation = operation
@@ -56,6 +58,13 @@ def _run(
         _view(task.where, where)
     if labels is not None:
         _view(task.labels, labels)
+    for name, value in (losses or {}).items():
+        if not isinstance(value, np.ndarray):
+            setattr(task.losses, name, value)
+        elif name in ("probabilities", "grad"):
+            _view(getattr(task.losses, name), value)
+        else:
+            setattr(task.losses, name, ffi.cast("void *", value.ctypes.data))
     if scores is not None:
         for name in Scores._fields:
             array = getattr(scores, name)
@@ -102,11 +111,51 @@ def selective_log_softmax(logits: Array, indices: Array, temperature: float, out
 
 
 def softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> None:
-    _run(lib.PL_SOFTMAX_CROSS_ENTROPY, logits, threads, out=out, labels=labels)
+    cross_entropy(logits, None, labels, None, None, None, None, out, LossOptions(), threads)
 
 
 def sparse_softmax_cross_entropy_with_logits(logits: Array, labels: Array, out: Array, threads: int) -> int:
     return _run(lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY, logits, threads, out=out, labels=labels)
+
+
+def cross_entropy(
+    logits: Array,
+    where: Array | None,
+    probabilities: Array | None,
+    labels: Array | None,
+    sample_weight: Array | None,
+    loss_grad: Array | None,
+    grad: Array | None,
+    out: Array,
+    options: LossOptions,
+    threads: int,
+) -> int:
+    given = {
+        "probabilities": probabilities,
+        "sample_weight": sample_weight,
+        "loss_grad": loss_grad,
+        "grad": grad,
+        "weight": options.weight,
+        "softcap": options.softcap,
+        "ignore_index": options.ignore_index,
+        "has_ignore_index": None if options.ignore_index is None else 1,
+        "label_smoothing": options.label_smoothing or None,
+        "z_loss": options.z_loss or None,
+    }
+    losses = {name: value for name, value in given.items() if value is not None}
+    plain = labels is not None and where is None and not losses
+    losses["scale"], losses["scale_lo"] = options.scale
+    return _run(
+        # without options, the kernel that is made for it, with the same bits
+        lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY if plain else lib.PL_CROSS_ENTROPY,
+        logits,
+        threads,
+        out=out,
+        labels=labels,
+        where=where,
+        temperature=options.temperature,
+        losses=losses,
+    )
 
 
 def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:

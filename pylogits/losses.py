@@ -484,6 +484,7 @@ def _cross_entropy(
     ):
         grad = np.empty_like(target)
     if losses.size:
+        module, threads = _dispatch.select(dtype, array.size)
         labels = np.ascontiguousarray(goals, np.int64) if hard else None
         if upstream is not None:
             upstream = np.ascontiguousarray(np.broadcast_to(upstream, rows))
@@ -491,11 +492,13 @@ def _cross_entropy(
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> int:
             labels, samples, upstream, *grads, losses = rest
             grad = grads[0] if grads else None
-            return _reference.cross_entropy(logits, where, probabilities, labels, samples, upstream, grad, losses, options, 1)
+            return getattr(module, 'cross_entropy', _reference.cross_entropy)(  # type: ignore[no-any-return]
+                logits, where, probabilities, labels, samples, upstream, grad, losses, options, threads
+            )
 
         _rows.run(
             kernel,
-            _reference.DTYPES,
+            module.DTYPES,
             (number,),
             _rows.Operands(
                 [array, mask, None if hard else goals],

@@ -1,0 +1,222 @@
+/* The cross entropies with every option, and their gradients; once for float and once for double.
+ *
+ * With the coefficients a = keep * q + even of the classes (q: the targets times the class weights; even: what label smoothing
+ * gives to each class, times its weight), A their sum, and L the log of the sum of exponentials, a row's loss is
+ * sum(a (L - x)) + z_loss L^2, and its derivative for x is (A + 2 z_loss L) p - a. All sums over the classes are pairs, taken
+ * relative to the maximum; an option that is not used adds zeros to them, which change no bits. */
+
+struct FN(options) {
+  REAL keep, smoothing, z_loss; /* keep = 1 - smoothing */
+  struct FN(pair) scale;
+};
+
+static struct FN(options) FN(options_of)(const struct pl_task *task)
+{
+  const struct pl_loss *losses = &task->losses;
+  const REAL smoothing = (REAL)losses->label_smoothing;
+  return (struct FN(options)){1 - smoothing, smoothing, (REAL)losses->z_loss, {(REAL)losses->scale, (REAL)losses->scale_lo}};
+}
+
+/* The loss of a row and what its gradient is made from. */
+struct FN(loss) {
+  REAL value;
+  struct FN(pair) factor; /* of the terms */
+  REAL keep, even;        /* of q; of each class's weight */
+};
+
+/* dot and mass: the sums of q (max - x) and q; the same of the class weights alone are in `spread`. A one-hot q has the bits of
+ * a label, and both those of -log_probability. */
+INLINE struct FN(loss)
+    FN(close_loss)(const struct FN(options) * o, REAL max, struct FN(closing) f, struct FN(temperature) t, struct FN(pair) dot,
+                   struct FN(pair) mass, const struct FN(spread) * spread, REAL sample_weight, REAL loss_grad)
+{
+  const struct FN(pair) log1p = {f.log1p, f.log1p_lo}, inverse = {t.inverse, t.inverse_lo};
+  const struct FN(pair) zero = {0, 0}, keep = {o->keep, 0}, even = {spread->count ? o->smoothing / spread->count : 0, 0};
+  struct FN(pair) loss = FN(plus)(FN(times)(dot, inverse), FN(times)(mass, log1p));
+  struct FN(pair) slope = FN(times)(keep, mass);
+  /* where keep is 0, an infinite loss counts for nothing */
+  loss = keep.hi != 0 ? FN(times)(keep, loss) : zero;
+  if (o->smoothing != 0) {
+    const struct FN(pair) spread_loss = FN(plus)(FN(times)(spread->dot, inverse), FN(times)(spread->mass, log1p));
+    loss = FN(plus)(loss, FN(times)(even, spread_loss));
+    slope = FN(plus)(slope, FN(times)(even, spread->mass));
+  }
+  if (o->z_loss != 0) {
+    const struct FN(pair) z_loss = {o->z_loss, 0}, two = {2, 0};
+    const struct FN(pair) log_sum = FN(plus)(FN(times)((struct FN(pair)){max, 0}, inverse), log1p);
+    const struct FN(pair) product = FN(times)(z_loss, log_sum);
+    loss = FN(plus)(loss, FN(times)(product, log_sum));
+    slope = FN(plus)(slope, FN(times)(two, product));
+  }
+  loss.hi += 0 * f.log1p; /* a NaN shows even where nothing counts */
+  loss = FN(times)(loss, (struct FN(pair)){sample_weight, 0});
+  const struct FN(pair) outer =
+      FN(times)(FN(times)(o->scale, (struct FN(pair)){sample_weight, 0}), (struct FN(pair)){loss_grad, 0});
+  const struct FN(pair) main = FN(times)(outer, keep), rest = FN(times)(outer, even);
+  return (struct FN(loss)){
+      .value = loss.hi + loss.lo,
+      .factor = FN(times)(FN(times)(outer, slope), (struct FN(pair)){f.reciprocal, f.reciprocal_lo}),
+      .keep = main.hi + main.lo,
+      .even = rest.hi + rest.lo,
+  };
+}
+
+/* Of row r: one element of an array over the rows that may be missing. */
+static inline REAL FN(of_row)(const void *array, int64_t r)
+{
+  return array ? ((const REAL *)array)[r] : 1;
+}
+
+/* Whether row r has the class that is left out. */
+static inline bool FN(is_ignored)(const struct pl_task *task, int64_t r)
+{
+  return task->losses.has_ignore_index && FN(label)(task, r, 0) == task->losses.ignore_index;
+}
+
+/* q (max - x), and in q its low part: the product's own rounding error is kept, so that the sum is good to a pair. q = 0
+ * counts for nothing, whatever x. */
+static inline REAL FN(weigh)(REAL x, REAL *q, REAL max)
+{
+  REAL lo;
+  const REAL hi = FN(two_sum)(max, -x, &lo);
+  const REAL product = *q * hi;
+  const REAL product_lo = FMA(*q, hi, -product) + *q * lo;
+  const bool counts = *q != 0;
+  *q = counts && FN(finite)(product) ? product_lo : 0;
+  return counts ? product : 0;
+}
+
+/* The q of a label: its class weight, and that times the distance of its logit. */
+static inline struct FN(pair) FN(weigh_label)(REAL x, REAL weight, REAL max)
+{
+  REAL lo = weight;
+  const REAL hi = FN(weigh)(x, &lo, max);
+  return (struct FN(pair)){hi, lo};
+}
+
+/* The q of block b: probabilities times class weights, 0 where masked out, filled up to whole groups. */
+static void FN(load_targets)(const struct pl_task *task, int64_t r, int64_t b, int64_t n, REAL *q)
+{
+  const struct pl_view *view = &task->losses.probabilities;
+  const REAL *weight = task->losses.weight;
+  FN(load_many)(q, FN(row_at)(task, view, r) + b * BLOCK * view->classes, view->classes, n, task->dtype);
+  for (int64_t c = 0; weight && c < n; c++) q[c] *= weight[b * BLOCK + c];
+  FN(mask_block)(task, FN(row_at)(task, &task->where, r), b, q, n, 0);
+  for (int64_t c = n; c < ROUND_UP(n, GROUP); c++) q[c] = 0;
+}
+
+/* The sums of q (max - x) and q over a row. x is its block, if it has one only. */
+static void FN(dot_targets)(const struct pl_task *task, int64_t r, const REAL *x, REAL max, const struct FN(slot) * slot,
+                            struct FN(pair) * dot, struct FN(pair) * mass)
+{
+  const int64_t count = FN(block_count)(task);
+  const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
+  REAL *q = slot->first, *products = slot->other;
+  for (int64_t b = 0; b < count; b++) {
+    const int64_t n = FN(block_length)(task, b), groups = ROUND_UP(n, GROUP);
+    struct FN(pair) part;
+    REAL low_lo;
+    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
+    FN(load_targets)(task, r, b, n, q);
+    part.hi = FN(sum)(q, groups, &part.lo);
+    *mass = FN(plus)(*mass, part);
+    for (int64_t c = 0; c < n; c++) products[c] = FN(weigh)(x[c], &q[c], max);
+    for (int64_t c = n; c < groups; c++) products[c] = 0;
+    part.hi = FN(sum)(products, groups, &part.lo);
+    part.lo += FN(sum)(q, groups, &low_lo);
+    *dot = FN(plus)(*dot, part);
+  }
+}
+
+/* The gradient of blocks [first, last) of row r. */
+static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                             struct FN(temperature) t, const struct FN(slot) * slot, const struct FN(loss) * loss,
+                             int64_t label, REAL label_term)
+{
+  const int64_t count = FN(block_count)(task);
+  const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
+  const struct FN(sink) sink = FN(sink_at)(task, r);
+  const REAL *weight = task->losses.weight;
+  REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other;
+  const bool soft = task->losses.probabilities.data, softcap = task->losses.softcap != 0;
+  struct FN(line) line = {loss->factor.hi, loss->factor.lo, loss->even, NULL};
+  if (soft || (weight && loss->even != 0)) line.minuses = minuses;
+  for (int64_t b = first; b < last; b++) {
+    const int64_t n = FN(block_length)(task, b), at = label - b * BLOCK;
+    const REAL *of_class = weight ? weight + b * BLOCK : NULL;
+    REAL *result = FN(place)(&sink, b, room);
+    if (soft) {
+      FN(load_targets)(task, r, b, n, minuses);
+      for (int64_t c = 0; c < n; c++)
+        minuses[c] = FMA(minuses[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
+    } else if (line.minuses) {
+      for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
+    }
+    if (softcap) { /* before the logits may be overwritten */
+      FN(load_many)(slopes, logits + b * BLOCK * task->logits.classes, task->logits.classes, n, task->dtype);
+      FN(cap_slopes)(task, slopes, n);
+    }
+    if (count == 1) {
+      FN(scale_terms)(slot->e, result, n, &line);
+    } else {
+      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room);
+      FN(write_block)(x, room, result, n, slot->row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->e));
+    }
+    if (at >= 0 && at < n) {
+      const REAL of_label = of_class ? of_class[at] : 1;
+      const REAL minus = FMA(of_label, loss->keep, of_label * loss->even);
+      result[at] = FMA(label_term, line.factor, FMA(label_term, line.factor_lo, -minus));
+    }
+    for (int64_t c = 0; softcap && c < n; c++) result[c] *= slopes[c];
+    FN(mask_block)(task, where, b, result, n, 0);
+    FN(put)(&sink, b, room, n);
+  }
+}
+
+/* Rows that are ignored, or have no classes. */
+static void FN(write_nothing)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, REAL *room)
+{
+  const struct FN(sink) sink = FN(sink_at)(task, r);
+  for (int64_t b = first; b < last; b++) {
+    const int64_t n = FN(block_length)(task, b);
+    memset(FN(place)(&sink, b, room), 0, (size_t)n * sizeof(REAL));
+    FN(put)(&sink, b, room, n);
+  }
+}
+
+/* The loss of a row, with the part that begins it, and its gradient in blocks [first, last). */
+static int64_t FN(write_loss)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                              struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
+{
+  const struct FN(options) options = FN(options_of)(task);
+  const struct FN(spread) *spread = &slot->row.spread;
+  const REAL *weight = task->losses.weight, max = slot->row.max;
+  const bool grad = task->losses.grad.data;
+  char *out = FN(row_at)(task, &task->out, r);
+  struct FN(pair) dot = {0, 0}, mass = {0, 0};
+  int64_t label = -1;
+  REAL label_term = 0;
+  if (spread->count == 0 || (task->labels.data && FN(is_ignored)(task, r))) {
+    if (first == 0) FN(store)(out, 0, task->out_dtype);
+    if (grad) FN(write_nothing)(task, r, first, last, slot->room);
+    return -1;
+  }
+  if (task->labels.data) {
+    label = FN(label)(task, r, 0);
+    const bool inside = label >= 0 && label < task->classes;
+    if (!inside) {
+      if (first == 0) FN(store)(out, NAN, task->out_dtype);
+      return FN(flat_label)(task, r, 0);
+    }
+    mass.hi = weight ? weight[label] : 1;
+    dot = FN(weigh_label)(spread->target, mass.hi, max);
+    if (grad) label_term = FN(term)(spread->target, max, t);
+  } else {
+    FN(dot_targets)(task, r, slot->x, max, slot, &dot, &mass);
+  }
+  const struct FN(loss) loss = FN(close_loss)(&options, max, f, t, dot, mass, spread, FN(of_row)(task->losses.sample_weight, r),
+                                              FN(of_row)(task->losses.loss_grad, r));
+  if (first == 0) FN(store)(out, loss.value, task->out_dtype);
+  if (grad) FN(write_slopes)(task, r, first, last, end, t, slot, &loss, label, label_term);
+  return -1;
+}

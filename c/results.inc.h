@@ -1,0 +1,250 @@
+/* From the numbers of rows to results, once for float and once for double. */
+
+/* What the results need beside the row's numbers. */
+struct FN(closing) {
+  REAL log1p, log1p_lo;           /* log(sum of exp(x - max)) */
+  REAL reciprocal, reciprocal_lo; /* 1 / (sum of exp(x - max) * EXP_SCALE) */
+};
+
+/* Those of LANES rows. */
+struct FN(closings) {
+  REAL log1p[LANES], log1p_lo[LANES], reciprocal[LANES], reciprocal_lo[LANES];
+};
+
+static inline struct FN(closing) FN(closing_of)(const struct FN(closings) * f, int64_t l)
+{
+  return (struct FN(closing)){f->log1p[l], f->log1p_lo[l], f->reciprocal[l], f->reciprocal_lo[l]};
+}
+
+/* LANES rows at once, as each step waits for the one before. A maximum of +inf (or -inf: no finite logit at all) makes every
+ * probability NaN, as in every peer. */
+static void FN(close_rows)(int operation, const REAL *max, const REAL *sum, const REAL *sum_lo, struct FN(closings) * f)
+{
+  if (operation == PL_SOFTMAX || operation == PL_SCORE || operation == PL_CROSS_ENTROPY) {
+    for (int l = 0; l < LANES; l++) {
+      REAL total_lo;
+      const REAL total = FN(two_sum)(1, sum[l], &total_lo) + (max[l] - max[l]);
+      total_lo += sum_lo[l];
+      const REAL reciprocal = 1 / total;
+      const REAL residual = FMA(-total, reciprocal, 1) - total_lo * reciprocal;
+      f->reciprocal[l] = reciprocal / EXP_SCALE;
+      f->reciprocal_lo[l] = residual * reciprocal / EXP_SCALE;
+    }
+  }
+  if (operation != PL_SOFTMAX) {
+    for (int l = 0; l < LANES; l++) {
+      f->log1p[l] = FN(log1p_pair)(sum[l], sum_lo[l], &f->log1p_lo[l]) + (max[l] - max[l]);
+    }
+  }
+}
+
+static inline REAL FN(probability)(REAL e, struct FN(closing) f)
+{
+  return FMA(e, f.reciprocal, e * f.reciprocal_lo);
+}
+
+static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, struct FN(temperature) t)
+{
+  REAL lo;
+  const REAL hi = FN(exponent)(x, max, t.inverse, t.inverse_lo, &lo);
+  return FN(add_pairs)(hi, lo, -f.log1p, -f.log1p_lo);
+}
+
+/* max / temperature + log(sum); the infinities of max pass, where log1p holds a NaN from no other cause. */
+static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct FN(temperature) t)
+{
+  if (!FN(finite)(max)) return sum == sum ? max : sum;
+  const REAL scaled = max * t.inverse;
+  const REAL scaled_lo = FMA(max, t.inverse, -scaled) + max * t.inverse_lo;
+  return FN(add_pairs)(scaled, scaled_lo, f.log1p, f.log1p_lo);
+}
+
+/* One picked log-probability, or the loss that is its negative: subtracted from 0, so that a certain row's is not -0. */
+static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REAL log_probability)
+{
+  const bool loss = task->operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY;
+  FN(store)(out + k * task->out.classes, loss ? 0 - log_probability : log_probability, task->out_dtype);
+}
+
+/* The outputs of PL_SCORE for row r. */
+static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(closing) f,
+                          struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
+{
+  const int64_t k = task->picks;
+  ((REAL *)task->logsumexp)[r] = FN(log_sum)(row->max, row->sum, f, t);
+  ((REAL *)task->entropy)[r] = f.log1p + row->dot * (f.reciprocal * EXP_SCALE);
+  for (int64_t i = 0; i < k; i++) {
+    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability)(FN(term)(top_x[i], row->max, t), f);
+    task->top_k_indices[r * k + i] = top_index[i];
+  }
+  ((REAL *)task->confidence)[r] = ((REAL *)task->top_k_probabilities)[r * k];
+  task->prediction[r] = top_index[0];
+}
+
+/* The second pass over a row: from its terms e, factor * e - minus. */
+struct FN(line) {
+  REAL factor, factor_lo;
+  REAL minus;          /* of all elements, or */
+  const REAL *minuses; /* of each */
+};
+
+INLINE VEC FN(along)(VEC term, const struct FN(line) * line, VEC minus)
+{
+  return FN(vec_fma)(term, FN(vec_fill)(line->factor), FN(vec_fma)(term, FN(vec_fill)(line->factor_lo), -minus));
+}
+
+INLINE VEC FN(minus_at)(const struct FN(line) * line, int64_t c, int64_t n)
+{
+  return line->minuses ? FN(vec_load_part)(line->minuses + c, n, FN(vec_fill)(0)) : FN(vec_fill)(line->minus);
+}
+
+/* From the terms that start_block kept. */
+static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct FN(line) * line)
+{
+  int64_t c = 0;
+  if (!line->minuses) {
+    const VEC minus = FN(vec_fill)(line->minus);
+    for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(along)(FN(vec_load)(e + c), line, minus));
+  }
+  for (; c < n; c += VEC_LANES) {
+    const int64_t part = FN(part)(n, c);
+    FN(vec_store_part)(result + c, part, FN(along)(FN(vec_load)(e + c), line, FN(minus_at)(line, c, part)));
+  }
+}
+
+/* From logits. */
+INLINE void FN(write_terms)(const REAL *x, REAL *result, int64_t n, const struct FN(origin) * o, const struct FN(line) * line,
+                            const REAL *next)
+{
+  int64_t c = 0;
+  for (; c + GROUP <= n; c += GROUP) {
+    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(next + c + i * LANES);
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUP; v += VEC_LANES) {
+      const VEC minus = line->minuses ? FN(vec_load)(line->minuses + c + v) : FN(vec_fill)(line->minus);
+      FN(vec_store)(result + c + v, FN(along)(FN(terms)(FN(vec_load)(x + c + v), o), line, minus));
+    }
+  }
+  for (; c < n; c += VEC_LANES) {
+    const int64_t part = FN(part)(n, c);
+    const VEC term = FN(terms)(FN(vec_load_part)(x + c, part, FN(vec_fill)(0)), o);
+    FN(vec_store_part)(result + c, part, FN(along)(term, line, FN(minus_at)(line, c, part)));
+  }
+}
+
+static void FN(write_block)(const REAL *x, REAL *room, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
+                            const struct FN(line) * given, const REAL *next)
+{
+  struct FN(line) line = *given;
+  x = FN(come_near)(x, n, &max, t, room);
+  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
+  if (!o.plain) {
+    FN(write_terms)(x, result, n, &o, &line, next);
+    return;
+  }
+  o.plain = true; /* as the compiler now knows */
+  if (line.minuses) {
+    FN(write_terms)(x, result, n, &o, &line, next);
+  } else {
+    line.minuses = NULL;
+    FN(write_terms)(x, result, n, &o, &line, next);
+  }
+}
+
+/* A result that is as long as the row. A block of it is made at its place, or in `room` and then put there. */
+struct FN(sink) {
+  char *row;
+  int64_t stride;
+  int dtype;
+  bool direct, streamed;
+};
+
+static struct FN(sink) FN(sink_at)(const struct pl_task *task, int64_t r)
+{
+  const struct pl_view *view = pl_whole(task);
+  const int dtype = task->operation == PL_CROSS_ENTROPY ? task->dtype : task->out_dtype;
+  const bool native = dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL);
+  const bool streamed = native && task->outer * task->inner * task->classes * (int64_t)sizeof(REAL) >= STREAM_BYTES;
+  return (struct FN(sink)){FN(row_at)(task, view, r), view->classes, dtype, native && !streamed, streamed};
+}
+
+static inline REAL *FN(place)(const struct FN(sink) * sink, int64_t b, REAL *room)
+{
+  return sink->direct ? (REAL *)(void *)(sink->row + b * BLOCK * sink->stride) : room;
+}
+
+static void FN(put)(const struct FN(sink) * sink, int64_t b, const REAL *room, int64_t n)
+{
+  char *to = sink->row + b * BLOCK * sink->stride;
+  if (sink->streamed) {
+    pl_stream(to, (const char *)room, (size_t)n * sizeof(REAL));
+  } else if (!sink->direct) {
+    FN(store_many)(to, room, sink->stride, n, sink->dtype);
+  }
+}
+
+/* The masked elements of block b. */
+static void FN(mask_block)(const struct pl_task *task, const char *where, int64_t b, REAL *result, int64_t n, REAL fill)
+{
+  for (int64_t c = 0; where && c < n; c++)
+    if (!where[(b * BLOCK + c) * task->where.classes]) result[c] = fill;
+}
+
+/* The results of a row; of those that are as long as the row, its blocks [first, last). */
+static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                             struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
+{
+  const int64_t classes = task->classes;
+  const int64_t count = FN(block_count)(task);
+  const char *logits = FN(row_at)(task, &task->logits, r);
+  const char *where = FN(row_at)(task, &task->where, r);
+  char *out = FN(row_at)(task, &task->out, r);
+  const REAL *x = slot->x;
+  REAL *room = slot->room, *e = slot->e;
+  const struct FN(row) row = slot->row;
+  const bool scoring = task->operation == PL_SCORE, log = task->operation == PL_LOG_SOFTMAX;
+  int64_t bad = -1;
+
+  if (task->operation == PL_LOGSUMEXP) {
+    FN(store)(out, FN(log_sum)(row.max, row.sum, f, t), task->out_dtype);
+    return -1;
+  }
+  if (scoring) FN(score_row)(task, r, &row, f, t, slot->top_x, slot->top_index);
+
+  if (task->labels.data) {
+    for (int64_t k = 0; k < (scoring ? 1 : task->picks); k++) {
+      const int64_t label = FN(label)(task, r, k);
+      const bool inside = label >= 0 && label < classes;
+      const REAL picked = inside ? FN(load)(logits + label * task->logits.classes, task->dtype) : NAN;
+      const REAL result = FN(log_probability)(picked, row.max, f, t);
+      if (!inside) bad = FN(flat_label)(task, r, k);
+      if (scoring) {
+        ((REAL *)task->loss)[r] = 0 - result;
+        task->correct[r] = label == task->prediction[r];
+      } else {
+        FN(store_pick)(task, out, k, result);
+      }
+    }
+    return bad;
+  }
+  if (scoring) return -1;
+
+  /* A row of one block is still in x and e; of a longer one each block is staged again, from cache. */
+  const struct FN(sink) sink = FN(sink_at)(task, r);
+  const struct FN(line) line = {f.reciprocal, f.reciprocal_lo, 0, NULL};
+  for (int64_t b = first; b < last; b++) {
+    const int64_t n = FN(block_length)(task, b);
+    REAL *result = FN(place)(&sink, b, room);
+    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room);
+    if (log) {
+      for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
+    } else if (count == 1) {
+      FN(scale_terms)(e, result, n, &line);
+    } else {
+      FN(write_block)(x, room, result, n, row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
+    }
+    FN(mask_block)(task, where, b, result, n, log ? -INFINITY : 0);
+    FN(put)(&sink, b, room, n);
+  }
+  return -1;
+}
