@@ -54,7 +54,7 @@ INLINE struct FN(loss)
       FN(times)(FN(times)(o->scale, (struct FN(pair)){sample_weight, 0}), (struct FN(pair)){loss_grad, 0});
   const struct FN(pair) main = FN(times)(outer, keep), rest = FN(times)(outer, even);
   return (struct FN(loss)){
-      .value = loss.hi + loss.lo,
+      .value = FN(finite)(loss.hi) ? loss.hi + loss.lo : loss.hi,
       .factor = FN(times)(FN(times)(outer, slope), (struct FN(pair)){f.reciprocal, f.reciprocal_lo}),
       .keep = main.hi + main.lo,
       .even = rest.hi + rest.lo,

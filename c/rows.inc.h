@@ -56,20 +56,20 @@ static inline REAL FN(add_pairs)(REAL a_hi, REAL a_lo, REAL b_hi, REAL b_lo)
   return FN(finite)(hi) ? sum : hi;
 }
 
-/* a + b and a * b of pairs, as pairs; infinities and NaN have 0 as their low part. */
+/* a + b and a * b of pairs, as pairs. Infinities give a NaN in lo: it is left out where pairs are rounded in the end. */
 INLINE struct FN(pair) FN(plus)(struct FN(pair) a, struct FN(pair) b)
 {
   REAL lo;
   const REAL hi = FN(two_sum)(a.hi, b.hi, &lo);
   lo += a.lo + b.lo;
-  return (struct FN(pair)){hi, FN(finite)(hi) ? lo : 0};
+  return (struct FN(pair)){hi, lo};
 }
 
 INLINE struct FN(pair) FN(times)(struct FN(pair) a, struct FN(pair) b)
 {
   const REAL hi = a.hi * b.hi;
   const REAL lo = FMA(a.hi, b.hi, -hi) + FMA(a.hi, b.lo, a.lo * b.hi);
-  return (struct FN(pair)){hi, FN(finite)(hi) ? lo : 0};
+  return (struct FN(pair)){hi, lo};
 }
 
 /* The offset in bytes of row number r. */

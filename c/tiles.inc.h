@@ -266,6 +266,18 @@ static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL
   }
 }
 
+/* PL_CROSS_ENTROPY, see loss.inc.h: one number a row, side by side, so that what is made of them is made for all rows at once.
+ */
+struct FN(loss_tile) {
+  int64_t label[LANES];
+  REAL counts[LANES]; /* of the classes; 0 for ignored rows */
+  REAL sample_weight[LANES], loss_grad[LANES];
+  REAL target[LANES];                                                  /* the label's term, then its gradient */
+  REAL dot[LANES], dot_lo[LANES], mass[LANES], mass_lo[LANES];         /* of the targets */
+  REAL even[LANES], even_lo[LANES], weights[LANES], weights_lo[LANES]; /* the same of the class weights */
+  REAL value[LANES], factor[LANES], factor_lo[LANES], of_target[LANES], of_class[LANES]; /* struct loss */
+};
+
 /* A tile under way. */
 struct FN(tile) {
   int64_t r, rows;
@@ -274,8 +286,7 @@ struct FN(tile) {
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
-  struct FN(pair) dot[LANES], mass[LANES]; /* PL_CROSS_ENTROPY, see loss.inc.h */
-  struct FN(spread) spread[LANES];
+  struct FN(loss_tile) loss;
 };
 
 static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
@@ -355,33 +366,45 @@ static void FN(load_target_tile)(const struct pl_task *task, const struct FN(til
   FN(mask_tile)(task, tile->r, tile->rows, q, 0);
 }
 
-static void FN(sum_to_pairs)(const REAL *e, int64_t classes, struct FN(pair) * sums)
+/* The rows' labels, class counts and weights; returns the first label that is outside [0, classes) and not ignored, or -1. */
+static int64_t FN(look_at_rows)(const struct pl_task *task, struct FN(tile) * tile)
 {
-  REAL sum[LANES], sum_lo[LANES];
-  FN(sum_tile)(e, classes, sum, sum_lo);
-  for (int l = 0; l < LANES; l++) sums[l] = (struct FN(pair)){sum[l], sum_lo[l]};
+  struct FN(loss_tile) *loss = &tile->loss;
+  int64_t bad = -1;
+  for (int64_t l = 0; l < LANES; l++) {
+    const int64_t r = tile->r + (l < tile->rows ? l : 0); /* missing rows are as the first */
+    const char *where = FN(row_at)(task, &task->where, r);
+    int64_t count = task->classes;
+    for (int64_t c = 0; where && c < task->classes; c++) count -= !where[c * task->where.classes];
+    loss->sample_weight[l] = FN(of_row)(task->losses.sample_weight, r);
+    loss->loss_grad[l] = FN(of_row)(task->losses.loss_grad, r);
+    loss->label[l] = 0;
+    if (task->labels.data) {
+      const int64_t label = FN(label)(task, r, 0);
+      if (FN(is_ignored)(task, r)) {
+        count = 0;
+      } else if (label < 0 || label >= task->classes) {
+        if (bad == -1) bad = FN(flat_label)(task, r, 0);
+      } else {
+        loss->label[l] = label;
+      }
+    }
+    loss->counts[l] = (REAL)count;
+  }
+  return bad;
 }
 
 /* What a loss needs beside the sum of exponentials, from logits and their maxima. */
-static int64_t FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
+static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
 {
   const int64_t classes = task->classes, size = classes * LANES;
   const REAL *x = tile->x, *weight = task->losses.weight;
   REAL *q = tile->q, *products = tile->other;
-  struct FN(pair) sums[LANES];
-  REAL origin[LANES];
-  int64_t bad = -1;
-  memset(tile->spread, 0, sizeof tile->spread);
-  for (int64_t l = 0; l < LANES; l++) {
-    const char *where = l < tile->rows ? FN(row_at)(task, &task->where, tile->r + l) : NULL;
-    int64_t count = classes;
-    for (int64_t c = 0; where && c < classes; c++) count -= !where[c * task->where.classes];
-    tile->spread[l].count = (REAL)count;
-  }
+  struct FN(loss_tile) *loss = &tile->loss;
+  REAL origin[LANES], low[LANES], low_lo[LANES];
   if (task->losses.label_smoothing) {
     FN(weigh_classes)(task, tile, q);
-    FN(sum_to_pairs)(q, classes, sums);
-    for (int l = 0; l < LANES; l++) tile->spread[l].mass = sums[l];
+    FN(sum_tile)(q, classes, loss->weights, loss->weights_lo);
     for (int l = 0; l < LANES; l++) origin[l] = FN(finite)(tile->max[l]) ? tile->max[l] : 0;
     for (int64_t c = 0; c < size; c += LANES) {
       EACH_VEC(v)
@@ -390,92 +413,83 @@ static int64_t FN(spread_tile)(const struct pl_task *task, struct FN(tile) * til
         FN(vec_store)(products + c + v, FN(vec_unless_equal)(w * distance, w, FN(vec_fill)(0)));
       }
     }
-    FN(sum_to_pairs)(products, classes, sums);
-    for (int l = 0; l < LANES; l++) tile->spread[l].dot = sums[l];
+    FN(sum_tile)(products, classes, loss->even, loss->even_lo);
+  } else {
+    memset(loss->even, 0, sizeof loss->even);
+    memset(loss->even_lo, 0, sizeof loss->even_lo);
+    memset(loss->weights, 0, sizeof loss->weights);
+    memset(loss->weights_lo, 0, sizeof loss->weights_lo);
   }
   if (!task->labels.data) {
     FN(load_target_tile)(task, tile, q);
-    FN(sum_to_pairs)(q, classes, tile->mass);
-    for (int64_t i = 0; i < size; i++) products[i] = FN(weigh)(x[i], &q[i], tile->max[i % LANES]);
-    FN(sum_to_pairs)(products, classes, tile->dot);
-    FN(sum_to_pairs)(q, classes, sums);
-    for (int l = 0; l < LANES; l++) tile->dot[l].lo += sums[l].hi;
-    return -1;
+    FN(sum_tile)(q, classes, loss->mass, loss->mass_lo);
+    for (int64_t c = 0; c < size; c += LANES)
+      for (int l = 0; l < LANES; l++) products[c + l] = FN(weigh)(x[c + l], &q[c + l], tile->max[l]);
+    FN(sum_tile)(products, classes, loss->dot, loss->dot_lo);
+    FN(sum_tile)(q, classes, low, low_lo);
+    for (int l = 0; l < LANES; l++) loss->dot_lo[l] += low[l];
+    return;
   }
   for (int64_t l = 0; l < LANES; l++) {
-    int64_t label = l < tile->rows ? FN(label)(task, tile->r + l, 0) : 0;
-    if (label < 0 || label >= classes) {
-      if (bad == -1 && !FN(is_ignored)(task, tile->r + l)) bad = FN(flat_label)(task, tile->r + l, 0);
-      label = 0;
-    }
-    tile->spread[l].target = x[label * LANES + l];
-    tile->mass[l] = (struct FN(pair)){weight ? weight[label] : 1, 0};
-    tile->dot[l] = FN(weigh_label)(tile->spread[l].target, tile->mass[l].hi, tile->max[l]);
+    loss->target[l] = x[loss->label[l] * LANES + l];
+    loss->mass[l] = weight ? weight[loss->label[l]] : 1;
+    loss->mass_lo[l] = 0;
   }
-  return bad;
+  for (int l = 0; l < LANES; l++) {
+    loss->dot_lo[l] = loss->mass[l];
+    loss->dot[l] = FN(weigh)(loss->target[l], &loss->dot_lo[l], tile->max[l]);
+  }
+}
+
+static void FN(close_loss_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
+{
+  const struct FN(options) options = FN(options_of)(task);
+  struct FN(loss_tile) *loss = &tile->loss;
+  for (int l = 0; l < LANES; l++) {
+    const struct FN(spread) spread = {
+        .count = loss->counts[l], .mass = {loss->weights[l], loss->weights_lo[l]}, .dot = {loss->even[l], loss->even_lo[l]}};
+    const struct FN(pair) dot = {loss->dot[l], loss->dot_lo[l]}, mass = {loss->mass[l], loss->mass_lo[l]};
+    const struct FN(loss) row = FN(close_loss)(&options, tile->max[l], FN(closing_of)(&tile->f, l), t, dot, mass, &spread,
+                                               loss->sample_weight[l], loss->loss_grad[l]);
+    loss->value[l] = loss->counts[l] == 0 ? 0 : row.value;
+    loss->factor[l] = row.factor.hi;
+    loss->factor_lo[l] = row.factor.lo;
+    loss->of_target[l] = row.keep;
+    loss->of_class[l] = row.even;
+  }
 }
 
 /* From the terms in x to gradients in x. */
-static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * tile, const struct FN(loss) * loss,
-                                 const bool *nothing)
+static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * tile)
 {
   const int64_t classes = task->classes, size = classes * LANES;
   const REAL *weight = task->losses.weight;
+  struct FN(loss_tile) *loss = &tile->loss;
   REAL *x = tile->x, *q = tile->q, *slopes = tile->other;
   const bool soft = !task->labels.data;
-  REAL factor[LANES], factor_lo[LANES], keep[LANES], even[LANES];
-  for (int l = 0; l < LANES; l++) {
-    factor[l] = loss[l].factor.hi;
-    factor_lo[l] = loss[l].factor.lo;
-    keep[l] = loss[l].keep;
-    even[l] = loss[l].even;
-  }
   if (soft) FN(load_target_tile)(task, tile, q);
-  for (int64_t l = 0; !soft && l < tile->rows; l++) { /* of labels, what replaces their classes' gradients */
-    const int64_t label = FN(label)(task, tile->r + l, 0);
-    if (nothing[l]) continue;
-    const REAL term = x[label * LANES + l], of_label = weight ? weight[label] : 1;
-    const REAL minus = FMA(of_label, keep[l], of_label * even[l]);
-    slopes[l] = FMA(term, factor[l], FMA(term, factor_lo[l], -minus));
+  for (int64_t l = 0; l < LANES; l++) loss->target[l] = x[loss->label[l] * LANES + l];
+  for (int l = 0; l < LANES; l++) { /* mass is the label's weight */
+    const REAL term = loss->target[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
+    loss->target[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
   }
   for (int64_t c = 0; c < classes; c++) {
     const REAL of_class = weight ? weight[c] : 1;
     for (int l = 0; l < LANES; l++) {
-      const REAL rest = of_class * even[l], minus = soft ? FMA(q[c * LANES + l], keep[l], rest) : rest;
-      x[c * LANES + l] = FMA(x[c * LANES + l], factor[l], FMA(x[c * LANES + l], factor_lo[l], -minus));
+      const REAL term = x[c * LANES + l], rest = of_class * loss->of_class[l];
+      const REAL minus = soft ? FMA(q[c * LANES + l], loss->of_target[l], rest) : rest;
+      x[c * LANES + l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
     }
   }
-  for (int64_t l = 0; !soft && l < tile->rows; l++)
-    if (!nothing[l]) x[FN(label)(task, tile->r + l, 0) * LANES + l] = slopes[l];
+  for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
     FN(cap_slopes)(task, slopes, size);
     for (int64_t i = 0; i < size; i++) x[i] *= slopes[i];
   }
   FN(mask_tile)(task, tile->r, tile->rows, x, 0);
-  for (int l = 0; l < LANES; l++)
-    for (int64_t c = 0; nothing[l] && c < classes; c++) x[c * LANES + l] = 0;
-}
-
-/* The losses are stored, the gradients left in x. */
-static void FN(write_loss_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
-{
-  const struct FN(options) options = FN(options_of)(task);
-  REAL value[LANES];
-  bool nothing[LANES];
-  struct FN(loss) loss[LANES];
-  for (int64_t l = 0; l < LANES; l++) {
-    const int64_t r = l < tile->rows ? tile->r + l : tile->r;
-    loss[l] =
-        FN(close_loss)(&options, tile->max[l], FN(closing_of)(&tile->f, l), t, tile->dot[l], tile->mass[l], &tile->spread[l],
-                       FN(of_row)(task->losses.sample_weight, r), FN(of_row)(task->losses.loss_grad, r));
-    const int64_t label = task->labels.data ? FN(label)(task, r, 0) : 0;
-    const bool inside = label >= 0 && label < task->classes;
-    nothing[l] = tile->spread[l].count == 0 || !inside || (task->labels.data && FN(is_ignored)(task, r));
-    value[l] = !nothing[l] ? loss[l].value : 0;
-  }
-  if (task->losses.grad.data) FN(write_slope_tile)(task, tile, loss, nothing);
-  FN(store_line)(task, tile->r, tile->rows, value);
+  for (int64_t l = 0; l < LANES; l++)
+    for (int64_t c = 0; loss->counts[l] == 0 && c < classes; c++) x[c * LANES + l] = 0;
 }
 
 /* Step by step, so that the operations of a step, each waiting for the one before, overlap with the other tiles'. */
@@ -501,15 +515,24 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
     if (task->losses.softcap) FN(cap)(task, x[i], task->classes * LANES);
     FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
     FN(maximum_of_tile)(x[i], task->classes, tiles[i].max);
-    const int64_t found = loss ? FN(spread_tile)(task, &tiles[i]) : -1;
-    if (bad == -1) bad = found;
+    if (loss) {
+      const int64_t found = FN(look_at_rows)(task, &tiles[i]);
+      if (bad == -1) bad = found;
+      FN(spread_tile)(task, &tiles[i]);
+    }
   }
   for (int64_t i = 0; i < count; i++) FN(plant_tile)(x[i], task->classes, t, keep, tiles[i].max, &tiles[i].tree, tiles[i].ones);
   for (int64_t i = 0; i < count; i++) FN(finish_tile)(&tiles[i], task->classes);
   for (int64_t i = 0; i < count; i++) FN(close_rows)(task->operation, tiles[i].max, tiles[i].sum, tiles[i].sum_lo, &tiles[i].f);
   for (int64_t i = 0; i < count; i++) {
-    const int64_t found = loss ? (FN(write_loss_tile)(task, &tiles[i], t), -1) : FN(write_tile)(task, &tiles[i], t);
-    if (bad == -1) bad = found;
+    if (loss) {
+      FN(close_loss_tile)(task, &tiles[i], t);
+      if (whole) FN(write_slope_tile)(task, &tiles[i]);
+      FN(store_line)(task, tiles[i].r, tiles[i].rows, tiles[i].loss.value);
+    } else {
+      const int64_t found = FN(write_tile)(task, &tiles[i], t);
+      if (bad == -1) bad = found;
+    }
     if (whole && !whole_strips) FN(store_tile)(task, whole, whole_dtype, tiles[i].r, tiles[i].rows, x[i]);
   }
   if (whole_strips) FN(store_strips)(task, whole, r, count, x);

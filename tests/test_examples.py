@@ -49,3 +49,29 @@ def test_digits_are_those_that_the_script_makes(tmp_path):
     assert made.dtype == shipped.dtype == np.int64
     np.testing.assert_array_equal(made, shipped)
     assert np.bincount(shipped).tolist() == [89, 91, 88, 92, 91, 91, 91, 89, 87, 90]
+    made, shipped = (np.load(folder / "digits.npz") for folder in (tmp_path, EXAMPLES))
+    for name, dtype, shape in ("images", np.uint8, (1797, 64)), ("targets", np.int64, (1797,)):
+        assert made[name].dtype == shipped[name].dtype == dtype
+        assert made[name].shape == shipped[name].shape == shape
+        np.testing.assert_array_equal(made[name], shipped[name])
+
+
+@pytest.mark.parametrize("options, last", [((), 0.1556), (("0.1", "0.001"), 0.6898)])
+def test_train_digits(options, last):
+    *losses, accuracy = numbers(run("train_digits.py", *options))
+    assert len(losses) == 7 and losses == sorted(losses, reverse=True)
+    assert losses[0] == 2.3026  # log(10)
+    np.testing.assert_allclose(losses[-1], last, atol=1e-3)
+    assert 0.96 < accuracy < 0.975
+
+
+def test_perplexity():
+    """The literals are from the counts of pairs as fractions: no logits, no softmax."""
+    letters, table, total = re.split("\nlog-probability  |\nmean loss", run("perplexity.py"))
+    assert numbers(letters) == [-4.43, -3.3, -3.74, -3.3, -3.3, -4.43, -3.3, -3.5, -3.91, -3.3]
+    np.testing.assert_allclose(
+        numbers(table),
+        [-51.62658144, 10.45063553, -35.60159268, 12.71739709, -36.48701811, 38.42475108],
+        atol=1e-4,
+    )
+    np.testing.assert_allclose(numbers(total), [2.6894607, 14.72373328, 6.51738101], atol=1e-6)
