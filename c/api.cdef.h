@@ -7,6 +7,8 @@ enum pl_operation {
   PL_SELECTIVE_LOG_SOFTMAX,
   PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
   PL_CROSS_ENTROPY,
+  PL_SOFTMAX_BACKWARD,
+  PL_LOG_SOFTMAX_BACKWARD,
   PL_SCORE
 };
 
@@ -34,7 +36,8 @@ struct pl_task {
   int64_t outer, classes, inner;
   int64_t picks; /* labels or indices per row; for PL_SCORE the k of top-k */
   double temperature;
-  struct pl_view logits, where, labels, out;
+  struct pl_view logits, where, labels, out; /* of the backward forms, logits are what softmax or log_softmax gave */
+  struct pl_view grad;                       /* and this is the gradient of what follows */
   struct pl_loss losses;
   /* PL_SCORE only: contiguous over (outer, inner), top_k_* over (outer, inner, picks). loss and correct go with labels. */
   int64_t *prediction, *top_k_indices;

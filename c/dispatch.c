@@ -212,8 +212,9 @@ static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *
 /* Whether threads should share rows: there are too few to go round, and long enough. */
 static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
-  return rows < 4 * threads && task->classes >= 2 * parts->block && task->operation != PL_SCORE &&
-         !task->losses.probabilities.data;
+  const bool whole_rows_only = task->operation == PL_SCORE || task->operation == PL_SOFTMAX_BACKWARD ||
+                               task->operation == PL_LOG_SOFTMAX_BACKWARD || task->losses.probabilities.data;
+  return rows < 4 * threads && task->classes >= 2 * parts->block && !whole_rows_only;
 }
 
 static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)

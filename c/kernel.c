@@ -86,6 +86,7 @@ static inline void transpose_f32(quad_f32 *q)
 #include "results.inc.h"
 #include "loss.inc.h"
 #include "tiles.inc.h"
+#include "backward.inc.h"
 #include "run.inc.h"
 
 #undef REAL
@@ -174,6 +175,7 @@ static inline void transpose_f64(quad_f64 *q)
 #include "results.inc.h"
 #include "loss.inc.h"
 #include "tiles.inc.h"
+#include "backward.inc.h"
 #include "run.inc.h"
 
 const struct pl_kernels PASTE(pl_kernels_, PL_ISA) = {

@@ -19,7 +19,7 @@ static inline const struct pl_view *pl_whole(const struct pl_task *task)
 typedef int64_t pl_run_rows(const struct pl_task *task, int64_t begin, int64_t end);
 
 /* For threads that share a row longer than a block: each reduces some of its blocks to `numbers_size` bytes of numbers, and
- * when all are done writes the results of some. Not for PL_SCORE and for probabilities. */
+ * when all are done writes the results of some. Not for PL_SCORE, the backward forms and probabilities. */
 struct pl_parts {
   int64_t block; /* elements */
   size_t numbers_size;

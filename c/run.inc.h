@@ -9,7 +9,7 @@ static bool FN(side_by_side)(const struct pl_task *task)
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   if (task->operation == PL_SCORE || rows < LANES / 2) return false;
-  const int64_t most = task->operation == PL_CROSS_ENTROPY ? 2 * TILE / TILES_OF_LOSS : TILE;
+  const int64_t most = FN(is_backward)(task) ? TILE / 2 : task->operation == PL_CROSS_ENTROPY ? 2 * TILE / TILES_OF_LOSS : TILE;
   return task->classes <= 2 * LANES || (task->classes <= most && FN(side_by_side)(task));
 }
 
@@ -83,6 +83,10 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   const struct FN(temperature) t = FN(invert)(task);
   int64_t bad = -1;
 
+  if (FN(is_backward)(task)) {
+    FN(run_backward)(task, begin, end, FN(by_tile)(task, end - begin), scratch);
+    return -1;
+  }
   if (FN(by_tile)(task, end - begin)) {
     struct FN(tile) tiles[TILES];
     const int64_t each = task->operation == PL_CROSS_ENTROPY ? TILES_OF_LOSS : 1;

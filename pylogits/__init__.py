@@ -2,7 +2,14 @@
 
 from pylogits._dispatch import get_num_threads, set_num_threads, show_config, use_backend
 from pylogits._reference import Scores
-from pylogits.activations import log_softmax, logsumexp, selective_log_softmax, softmax
+from pylogits.activations import (
+    log_softmax,
+    log_softmax_backward,
+    logsumexp,
+    selective_log_softmax,
+    softmax,
+    softmax_backward,
+)
 from pylogits.losses import (
     cross_entropy,
     cross_entropy_value_and_grad,
@@ -20,6 +27,7 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "get_num_threads",
     "log_softmax",
+    "log_softmax_backward",
     "logsumexp",
     "one_hot",
     "score",
@@ -27,6 +35,7 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "softmax",
+    "softmax_backward",
     "softmax_cross_entropy_with_logits",
     "sparse_softmax_cross_entropy_with_logits",
     "use_backend",

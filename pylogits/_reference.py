@@ -205,6 +205,18 @@ def cross_entropy(
     return -1
 
 
+def softmax_backward(probs: Array, grad: Array, out: Array, threads: int) -> None:
+    p, g = _widen(probs), _widen(grad)
+    with np.errstate(all="ignore"):
+        out[...] = p * (g - (p * g).sum(axis=1, keepdims=True))
+
+
+def log_softmax_backward(log_probs: Array, grad: Array, out: Array, threads: int) -> None:
+    g = _widen(grad)
+    with np.errstate(all="ignore"):
+        out[...] = g - np.exp(_widen(log_probs)) * g.sum(axis=1, keepdims=True)
+
+
 def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
     if targets is not None:
         bad = find_bad_label(targets, logits.shape[1])

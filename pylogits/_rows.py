@@ -323,30 +323,36 @@ def same_memory(a: Array, b: Array) -> bool:
     )
 
 
-def run_full(operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any) -> Any:
-    """softmax and log_softmax: an output as large as the logits."""
-    array = to_numpy(logits, "logits")
+def clashes(target: Array, given: Array | None) -> bool:
+    """Whether writing an output may spoil an input before it is read: they overlap, and not element by element."""
+    return given is not None and bool(np.may_share_memory(target, given)) and not same_memory(target, given)
+
+
+def run_full(
+    operation: str, like: Any, array: Array, other: Array | None, axis: Axis, out: Any, options: tuple[Any, ...] = ()
+) -> Any:
+    """An operation with an output as large as the logits: ``kernel(array, other, *options, out, threads)``.
+
+    `other` has the shape of `array`; the result is in `out`, or in an array of the library of `like`.
+    """
     dtype = check_floats(array, "logits")
     axes = check_axis(axis, array.ndim)
-    mask = check_where(where, array.shape)
-    temperature = check_temperature(temperature, dtype)
     if out is None:
-        answer, target = allocate(logits, array.shape, dtype)
+        answer, target = allocate(like, array.shape, dtype)
     else:
         answer, target = out, check_out(out, array.shape, dtype)
     if not array.size:
         return answer
     result = target
-    overlaps = np.may_share_memory(target, array) and not same_memory(target, array)
-    if overlaps or (mask is not None and np.may_share_memory(target, mask)):
+    if any(clashes(target, given) for given in (array, other)):
         result = np.empty_like(target)
     module, threads = _dispatch.select(dtype, array.size)
     kernel = getattr(module, operation)
     run(
-        lambda logits, where, out: kernel(logits, where, temperature, out, threads),
+        lambda array, other, out: kernel(array, other, *options, out, threads),
         module.DTYPES,
         axes,
-        Operands([array, mask], outputs=[result]),
+        Operands([array, other], outputs=[result]),
     )
     if result is not target:
         target[...] = result

@@ -41,6 +41,7 @@ def _run(
     where: Array | None = None,
     temperature: float = 1.0,
     picks: int = 1,
+    grad: Array | None = None,
     scores: Scores | None = None,
     losses: Mapping[str, Any] | None = None,
 ) -> int:
@@ -58,6 +59,8 @@ def _run(
         _view(task.where, where)
     if labels is not None:
         _view(task.labels, labels)
+    if grad is not None:
+        _view(task.grad, grad)
     for name, value in (losses or {}).items():
         if not isinstance(value, np.ndarray):
             setattr(task.losses, name, value)
@@ -156,6 +159,14 @@ def cross_entropy(
         temperature=options.temperature,
         losses=losses,
     )
+
+
+def softmax_backward(probs: Array, grad: Array, out: Array, threads: int) -> None:
+    _run(lib.PL_SOFTMAX_BACKWARD, probs, threads, out=out, grad=grad)
+
+
+def log_softmax_backward(log_probs: Array, grad: Array, out: Array, threads: int) -> None:
+    _run(lib.PL_LOG_SOFTMAX_BACKWARD, log_probs, threads, out=out, grad=grad)
 
 
 def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:

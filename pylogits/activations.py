@@ -1,4 +1,4 @@
-"""From logits to probabilities: softmax, log_softmax, logsumexp and selective_log_softmax."""
+"""From logits to probabilities and back: softmax, log_softmax, their gradients, logsumexp and selective_log_softmax."""
 
 from typing import Any, SupportsIndex
 
@@ -54,7 +54,7 @@ def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: flo
     result = _rows.run_contiguous("softmax", logits, None, axis, where, temperature, out)
     if result is not None:
         return result
-    return _rows.run_full("softmax", logits, axis, where, temperature, out)
+    return _masked("softmax", logits, axis, where, temperature, out)
 
 
 def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: float = 1.0, out: Any = None) -> Any:
@@ -93,7 +93,102 @@ def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature:
     result = _rows.run_contiguous("log_softmax", logits, None, axis, where, temperature, out)
     if result is not None:
         return result
-    return _rows.run_full("log_softmax", logits, axis, where, temperature, out)
+    return _masked("log_softmax", logits, axis, where, temperature, out)
+
+
+def _masked(operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any) -> Any:
+    array = _rows.to_numpy(logits, "logits")
+    dtype = _rows.check_floats(array, "logits")
+    mask = _rows.check_where(where, array.shape)
+    return _rows.run_full(operation, logits, array, mask, axis, out, (_rows.check_temperature(temperature, dtype),))
+
+
+def softmax_backward(grad: Any, probs: Any, axis: Axis = -1, *, out: Any = None) -> Any:
+    """The gradient with respect to logits, from that with respect to their softmax: p (g - sum(g p)).
+
+    Parameters
+    ----------
+    grad : array_like of float, shape of `probs`
+        g, the gradient with respect to the probabilities.
+    probs : array_like of float, shape (..., C, ...)
+        p, what `softmax` returned.
+    axis : int, tuple of int or None, optional
+        The class axis or axes, as given to `softmax`.
+    out : ndarray, optional
+        Where the result goes, of the shape and dtype of `probs`. It may be `grad` or `probs` itself.
+
+    Returns
+    -------
+    ndarray of the shape and dtype of `probs`
+        With a temperature, divide it by that. It is 0 where `probs` is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of a wrong type, shape or value; `out` is then untouched.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : the gradient of a loss, without probabilities in between.
+
+    References
+    ----------
+    PyTorch's ``_softmax_backward_data``.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> pylogits.softmax_backward([1.0, 0.0], [0.75, 0.25])
+    array([ 0.1875, -0.1875])
+    """
+    return _backward("softmax_backward", grad, probs, "probs", axis, out)
+
+
+def log_softmax_backward(grad: Any, log_probs: Any, axis: Axis = -1, *, out: Any = None) -> Any:
+    """The gradient with respect to logits, from that with respect to their log_softmax: g - p sum(g), p = exp(log_probs).
+
+    Parameters
+    ----------
+    grad : array_like of float, shape of `log_probs`
+        g, the gradient with respect to the log-probabilities.
+    log_probs : array_like of float, shape (..., C, ...)
+        What `log_softmax` returned: at most 0.
+    axis : int, tuple of int or None, optional
+        The class axis or axes, as given to `log_softmax`.
+    out : ndarray, optional
+        Where the result goes, of the shape and dtype of `log_probs`. It may be `grad` or `log_probs` itself.
+
+    Returns
+    -------
+    ndarray of the shape and dtype of `log_probs`
+        With a temperature, divide it by that.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of a wrong type, shape or value; `out` is then untouched.
+
+    References
+    ----------
+    PyTorch's ``_log_softmax_backward_data``.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> pylogits.log_softmax_backward([1.0, 0.0], pylogits.log_softmax([0.0, 0.0]))
+    array([ 0.5, -0.5])
+    """
+    return _backward("log_softmax_backward", grad, log_probs, "log_probs", axis, out)
+
+
+def _backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out: Any) -> Any:
+    array, slopes = _rows.to_numpy(result, name), _rows.to_numpy(grad, "grad")
+    dtype = _rows.check_floats(array, name)
+    if _rows.check_floats(slopes, "grad") != slopes.dtype.newbyteorder("="):
+        slopes = slopes.astype(dtype)  # integers
+    if slopes.shape != array.shape:
+        raise ValueError(f"grad must have the shape of {name}, {array.shape}, not {slopes.shape}")
+    return _rows.run_full(operation, result, array, slopes, axis, out)
 
 
 def logsumexp(

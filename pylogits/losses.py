@@ -478,9 +478,7 @@ def _cross_entropy(
     losses = np.empty(rows, real)
     grad = target
     if target is not None and any(
-        np.may_share_memory(target, given)
-        for given in (array, goals, mask, samples, upstream, options.weight)
-        if given is not None and not (given is array and _rows.same_memory(target, array))
+        _rows.clashes(target, given) for given in (array, goals, mask, samples, upstream, options.weight)
     ):
         grad = np.empty_like(target)
     if losses.size:
@@ -492,7 +490,7 @@ def _cross_entropy(
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> int:
             labels, samples, upstream, *grads, losses = rest
             grad = grads[0] if grads else None
-            return getattr(module, 'cross_entropy', _reference.cross_entropy)(  # type: ignore[no-any-return]
+            return getattr(module, "cross_entropy", _reference.cross_entropy)(  # type: ignore[no-any-return]
                 logits, where, probabilities, labels, samples, upstream, grad, losses, options, threads
             )
 
