@@ -105,21 +105,18 @@ static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
   return sum * scale;
 }
 
-/* tanh(x) with the sign of x, and its derivative 4 z / (1 + z)^2, where z = exp(-2 |x|) = 1 + m = 2^k (1 + p) and
- * tanh(|x|) = -m / (2 + m). `excess` corrects x: the true argument is x (1 - excess). From |x| = 20 on, tanh is 1. */
-INLINE VEC FN(tanh)(VEC x, VEC excess, VEC *slope)
+/* tanh(|x|) and its derivative 4 z / (1 + z)^2 from v = -2 |x| in [-40, 0]: z = exp(v) = 1 + m = 2^k (1 + p), and tanh(|x|) is
+ * -m / (2 + m). */
+INLINE VEC FN(tanh)(VEC v, VEC *slope)
 {
-  const VEC zero = FN(vec_fill)(0), one = FN(vec_fill)(1), two = FN(vec_fill)(2), shift = FN(vec_fill)(ROUND_SHIFT);
-  const VEC clamped = FN(vec_larger)(FN(vec_fill)(-40), -two * FN(vec_larger)(x, -x)); /* the second, where it is a NaN */
-  const VEC hi = FN(vec_fma)(clamped, -excess, clamped);
-  const VEC shifted = FN(vec_fma)(hi, FN(vec_fill)(LOG2_E), shift);
+  const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
+  const VEC shifted = FN(vec_fma)(v, FN(vec_fill)(LOG2_E), shift);
   const VEC k = shifted - shift, scale = FN(vec_scale)(shifted) * FN(vec_fill)(1 / EXP_SCALE);
-  const VEC r = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), hi));
+  const VEC r = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), v));
   const VEC p = FN(vec_fma)(FN(exp_tail)(r), r * r, r);
   const VEC m = FN(vec_fma)(scale, p, scale - one), z = FN(vec_fma)(scale, p, scale);
-  const VEC value = -m / (two + m), positive = FN(vec_unless_below)(value, x, zero);
   *slope = (FN(vec_fill)(4) * z) / ((one + z) * (one + z));
-  return positive - (value - positive);
+  return -m / (FN(vec_fill)(2) + m);
 }
 
 /* log1p(hi + lo) for a pair >= 0, as a pair with a relative error below 2^-26 (float) and 2^-55 (double).

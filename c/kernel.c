@@ -1,6 +1,7 @@
 /* All kernels, compiled once per instruction set (see meson.build). The vectors' operations are in vec_*.h; everything else is
  * the same C for scalar, AVX2, AVX-512 and NEON, with the same bits (-ffp-contract=off, never -ffast-math). */
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -38,6 +39,7 @@
 /* ---- float ---- */
 
 #define REAL float
+#define NUMBER_MAX FLT_MAX
 #define UINT uint32_t
 #define SINT int32_t
 #define FN(name) PASTE(name, _f32)
@@ -90,6 +92,7 @@ static inline void transpose_f32(quad_f32 *q)
 #include "run.inc.h"
 
 #undef REAL
+#undef NUMBER_MAX
 #undef UINT
 #undef SINT
 #undef FN
@@ -113,6 +116,7 @@ static inline void transpose_f32(quad_f32 *q)
 /* ---- double ---- */
 
 #define REAL double
+#define NUMBER_MAX DBL_MAX
 #define UINT uint64_t
 #define SINT int64_t
 #define FN(name) PASTE(name, _f64)

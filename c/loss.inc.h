@@ -154,7 +154,7 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     }
     if (softcap) { /* before the logits may be overwritten */
       FN(load_many)(slopes, logits + b * BLOCK * task->logits.classes, task->logits.classes, n, task->dtype);
-      FN(cap_slopes)(task, slopes, n);
+      FN(cap_slopes)(task, slopes, slopes, n);
     }
     if (count == 1) {
       FN(scale_terms)(slot->e, result, n, &line);

@@ -186,8 +186,7 @@ static void FN(put)(const struct FN(sink) * sink, int64_t b, const REAL *room, i
 /* The masked elements of block b. */
 static void FN(mask_block)(const struct pl_task *task, const char *where, int64_t b, REAL *result, int64_t n, REAL fill)
 {
-  for (int64_t c = 0; where && c < n; c++)
-    if (!where[(b * BLOCK + c) * task->where.classes]) result[c] = fill;
+  if (where) FN(mask)(result, result, where + b * BLOCK * task->where.classes, task->where.classes, n, fill);
 }
 
 /* The results of a row; of those that are as long as the row, its blocks [first, last). */

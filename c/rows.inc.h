@@ -19,7 +19,7 @@ struct FN(pair) {
 /* PL_CROSS_ENTROPY: the label's logit, and what label smoothing needs of the classes that are not masked out. */
 struct FN(spread) {
   REAL target;          /* 0 in the blocks without the label */
-  REAL count;           /* of the classes */
+  REAL count;           /* of the classes; not 0 is all that is sure of it without smoothing */
   struct FN(pair) mass; /* the sum of their weights */
   struct FN(pair) dot;  /* the sum of weight * (max - x), with 0 for a max that is not finite */
 };
@@ -178,43 +178,74 @@ static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t
   return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
 }
 
-/* softcap * tanh(x / (temperature * softcap)) in place of n logits, up to the end of the last vector; or its slope, but for
- * the factor 1 / temperature. */
-INLINE void FN(cap_or_slope)(const struct pl_task *task, REAL *x, int64_t n, bool slopes)
+/* softcap * tanh(x / (temperature * softcap)) of n logits; or its slope, but for the factor 1 / temperature. Larger arguments
+ * are taken as 20, where tanh is 1. `result` may be x; it is written up to the end of the last vector. */
+INLINE void FN(cap_or_slope)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n, bool slopes)
 {
-  const REAL softcap = (REAL)task->losses.softcap, temperature = (REAL)task->temperature, divisor = temperature * softcap;
-  const REAL excess = FMA(temperature, softcap, -divisor) / divisor;
-  const VEC by = FN(vec_fill)(divisor), correction = FN(vec_fill)(FN(finite)(excess) ? excess : 0);
+  const REAL softcap = (REAL)task->losses.softcap, temperature = (REAL)task->temperature, most = NUMBER_MAX;
+  const REAL divisor = temperature * softcap, divisor_lo = FMA(temperature, softcap, -divisor);
+  const bool tiny = !(2 / divisor < most); /* subnormal */
+  const REAL inverse = tiny ? most : 2 / divisor;
+  const REAL residual = FMA(-divisor, inverse, 2) - divisor_lo * inverse;
+  const REAL inverse_lo = tiny || !FN(finite)(residual) ? 0 : residual * inverse / 2;
+  const REAL end = 40 / inverse < most ? 40 / inverse : most;
+  const VEC by = FN(vec_fill)(inverse), by_lo = FN(vec_fill)(inverse_lo);
+  const VEC least = FN(vec_fill)(-end), zero = FN(vec_fill)(0);
   for (int64_t c = 0; c < n; c += VEC_LANES) {
     VEC slope;
-    const VEC value = FN(vec_fill)(softcap) * FN(tanh)(FN(vec_load)(x + c) / by, correction, &slope);
-    FN(vec_store)(x + c, slopes ? slope : value);
+    const VEC logits = c + VEC_LANES <= n ? FN(vec_load)(x + c) : FN(vec_load_part)(x + c, n - c, zero);
+    const VEC size = FN(vec_larger)(least, -FN(vec_larger)(logits, -logits)); /* the second, where it is a NaN */
+    const VEC value = FN(vec_fill)(softcap) * FN(tanh)(FN(vec_fma)(size, by, size * by_lo), &slope);
+    const VEC positive = FN(vec_unless_below)(value, logits, zero);
+    const VEC capped = positive - (value - positive);
+    FN(vec_store)(result + c, slopes ? slope : capped);
   }
 }
 
-static void FN(cap)(const struct pl_task *task, REAL *x, int64_t n)
+static void FN(cap)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n)
 {
-  FN(cap_or_slope)(task, x, n, false);
+  FN(cap_or_slope)(task, x, result, n, false);
 }
 
-static void FN(cap_slopes)(const struct pl_task *task, REAL *x, int64_t n)
+static void FN(cap_slopes)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n)
 {
-  FN(cap_or_slope)(task, x, n, true);
+  FN(cap_or_slope)(task, x, result, n, true);
+}
+
+/* x where `where` is not 0, and `fill` elsewhere. */
+static void FN(mask)(const REAL *x, REAL *result, const char *where, int64_t stride, int64_t n, REAL fill)
+{
+  if (stride == 1) { /* apart, for the compiler's vectors */
+    for (int64_t c = 0; c < n; c++) result[c] = where[c] ? x[c] : fill;
+  } else {
+    for (int64_t c = 0; c < n; c++) result[c] = where[c * stride] ? x[c] : fill;
+  }
+}
+
+static int64_t FN(count_classes)(const char *where, int64_t stride, int64_t n)
+{
+  int32_t count = 0;
+  if (stride == 1) {
+    for (int64_t c = 0; c < n; c++) count += where[c] != 0;
+  } else {
+    for (int64_t c = 0; c < n; c++) count += where[c * stride] != 0;
+  }
+  return count;
 }
 
 /* Elements [first, first + n) of a row: where they lie, or converted and masked in `room`. */
 static const REAL *FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n,
                              REAL *room)
 {
-  row += first * task->logits.classes;
-  if (task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL) && !where && !task->losses.softcap)
-    return (const REAL *)(const void *)row;
-  FN(load_many)(room, row, task->logits.classes, n, task->dtype);
-  if (task->losses.softcap) FN(cap)(task, room, n);
-  if (where) {
-    for (int64_t c = 0; c < n; c++)
-      if (!where[(first + c) * task->where.classes]) room[c] = -INFINITY;
-  }
+  const bool native = task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL);
+  const bool softcap = task->losses.softcap;
+  const REAL *x = (const REAL *)(const void *)(row + first * task->logits.classes);
+  if (native && !where && !softcap) return x;
+  if (!native) FN(load_many)(room, (const char *)x, task->logits.classes, n, task->dtype);
+  if (!native) x = room;
+  if (softcap) FN(cap)(task, x, room, n);
+  if (softcap) x = room;
+  if (where) FN(mask)(x, room, where + first * task->where.classes, task->where.classes, n, -INFINITY);
   return room;
 }
 
@@ -226,10 +257,9 @@ static inline int64_t FN(part)(int64_t n, int64_t c)
   return n <= c ? 0 : n - c < VEC_LANES ? n - c : VEC_LANES;
 }
 
-/* The last elements of a block, less than a group, filled up with -inf, which counts for nothing. */
-static inline void FN(pad)(REAL *tail, const REAL *x, int64_t n)
+/* The last elements of a block, less than a group, filled up with what counts for nothing. */
+static inline void FN(pad)(REAL *tail, const REAL *x, int64_t n, VEC nothing)
 {
-  const VEC nothing = FN(vec_fill)(-INFINITY);
   for (int c = 0; c < GROUP; c += VEC_LANES)
     FN(vec_store)(tail + c, FN(part)(n, c) ? FN(vec_load_part)(x + c, FN(part)(n, c), nothing) : nothing);
 }
@@ -250,7 +280,7 @@ static REAL FN(maximum)(const REAL *x, int64_t n)
   for (int64_t c = 0; c < whole; c += GROUP)
     EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(x + c + v), top[v / VEC_LANES]);
   if (whole < n) {
-    FN(pad)(tail, x + whole, n - whole);
+    FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
     EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(tail + v), top[v / VEC_LANES]);
   }
   REAL best[LANES];
@@ -378,6 +408,32 @@ static REAL FN(join_lanes)(const struct FN(lanes) * lanes, REAL *result_lo)
   return FN(fast_two_sum)(s[0], s_lo[0], result_lo);
 }
 
+INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin)
+{
+  EACH_VEC(v)
+  {
+    const VEC first = (origin - FN(vec_load)(x + v)) + (origin - FN(vec_load)(x + LANES + v));
+    const VEC second = (origin - FN(vec_load)(x + 2 * LANES + v)) + (origin - FN(vec_load)(x + 3 * LANES + v));
+    FN(add_line)(lanes, v / VEC_LANES, first + second);
+  }
+}
+
+/* The sum of origin - x over n elements as a pair. */
+static REAL FN(sum_distances)(const REAL *x, int64_t n, REAL origin, REAL *result_lo)
+{
+  const VEC from = FN(vec_fill)(origin);
+  const int64_t whole = n / GROUP * GROUP;
+  struct FN(lanes) lanes;
+  for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = FN(vec_fill)(0);
+  for (int64_t c = 0; c < whole; c += GROUP) FN(add_group_of)(&lanes, x + c, from);
+  if (whole < n) {
+    REAL tail[GROUP];
+    FN(pad)(tail, x + whole, n - whole, from);
+    FN(add_group_of)(&lanes, tail, from);
+  }
+  return FN(join_lanes)(&lanes, result_lo);
+}
+
 /* The sum of n elements (whole groups) as a pair. */
 static REAL FN(sum)(const REAL *e, int64_t n, REAL *result_lo)
 {
@@ -412,7 +468,7 @@ INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int6
   }
   if (whole < n) {
     REAL tail[GROUP];
-    FN(pad)(tail, x + whole, n - whole);
+    FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
     ones += FN(add_group)(&lanes, tail, e + whole, o, keep);
   }
   *result = lanes;
@@ -515,18 +571,24 @@ static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r,
     const int64_t label = FN(label)(task, r, 0) - first;
     if (label >= 0 && label < n) s.target = x[label];
   }
-  for (int64_t c = 0; where && c < n; c++) count -= !where[(first + c) * task->where.classes];
+  /* with a maximum there are some, and how many matters for the smoothing only */
+  if (where && (task->losses.label_smoothing || !FN(finite)(max)))
+    count = FN(count_classes)(where + first * task->where.classes, task->where.classes, n);
   s.count = (REAL)count;
   if (!task->losses.label_smoothing) return s;
   s.mass.hi = s.count;
   if (weight) {
-    for (int64_t c = 0; c < n; c++) room[c] = !where || where[(first + c) * task->where.classes] ? weight[first + c] : 0;
+    memcpy(room, weight + first, (size_t)n * sizeof(REAL));
+    if (where) FN(mask)(room, room, where + first * task->where.classes, task->where.classes, n, 0);
     for (int64_t c = n; c < groups; c++) room[c] = 0;
     s.mass.hi = FN(sum)(room, groups, &s.mass.lo);
     for (int64_t c = 0; c < n; c++) room[c] = room[c] == 0 ? 0 : room[c] * (origin - x[c]);
+  } else if (!where) {
+    s.dot.hi = FN(sum_distances)(x, n, origin, &s.dot.lo);
+    return s;
   } else {
     for (int64_t c = 0; c < n; c++) room[c] = origin - x[c];
-    for (int64_t c = 0; where && c < n; c++) room[c] = where[(first + c) * task->where.classes] ? room[c] : 0;
+    FN(mask)(room, room, where + first * task->where.classes, task->where.classes, n, 0);
     for (int64_t c = n; c < groups; c++) room[c] = 0;
   }
   s.dot.hi = FN(sum)(room, groups, &s.dot.lo);

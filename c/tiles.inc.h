@@ -374,8 +374,7 @@ static int64_t FN(look_at_rows)(const struct pl_task *task, struct FN(tile) * ti
   for (int64_t l = 0; l < LANES; l++) {
     const int64_t r = tile->r + (l < tile->rows ? l : 0); /* missing rows are as the first */
     const char *where = FN(row_at)(task, &task->where, r);
-    int64_t count = task->classes;
-    for (int64_t c = 0; where && c < task->classes; c++) count -= !where[c * task->where.classes];
+    int64_t count = where ? FN(count_classes)(where, task->where.classes, task->classes) : task->classes;
     loss->sample_weight[l] = FN(of_row)(task->losses.sample_weight, r);
     loss->loss_grad[l] = FN(of_row)(task->losses.loss_grad, r);
     loss->label[l] = 0;
@@ -484,7 +483,7 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
-    FN(cap_slopes)(task, slopes, size);
+    FN(cap_slopes)(task, slopes, slopes, size);
     for (int64_t i = 0; i < size; i++) x[i] *= slopes[i];
   }
   FN(mask_tile)(task, tile->r, tile->rows, x, 0);
@@ -512,7 +511,7 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
   }
   if (strips) FN(load_strips)(task, &task->logits, r, count, x);
   for (int64_t i = 0; i < count; i++) {
-    if (task->losses.softcap) FN(cap)(task, x[i], task->classes * LANES);
+    if (task->losses.softcap) FN(cap)(task, x[i], x[i], task->classes * LANES);
     FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
     FN(maximum_of_tile)(x[i], task->classes, tiles[i].max);
     if (loss) {
