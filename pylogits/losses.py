@@ -1,17 +1,12 @@
 """The fused cross entropies: under TensorFlow's names, and with every option and the gradient; and one_hot."""
 
-import math
-import operator
-import warnings
-from fractions import Fraction
 from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from pylogits import _dispatch, _reference, _rows
-from pylogits._reference import LossOptions
-from pylogits._rows import Array
+from pylogits import _dispatch, _rows
+from pylogits._problem import check_classes, check_problem
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
@@ -63,7 +58,7 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     except ValueError:
         raise ValueError(f"labels of shape {weights.shape} do not broadcast against logits of shape {array.shape}") from None
     number += len(shape)
-    _check_classes(shape[number])
+    check_classes(shape[number])
     rows = shape[:number] + shape[number + 1 :]
     if out is not None:
         _rows.check_out(out, rows, _rows.row_dtype(dtype))
@@ -130,7 +125,7 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     rows = array.shape[:number] + array.shape[number + 1 :]
     if classes.shape != rows:
         raise ValueError(f"labels must have the shape of logits without axis {number}, {rows}, not {classes.shape}")
-    _check_classes(array.shape[number])
+    check_classes(array.shape[number])
     if out is not None:
         _rows.check_out(out, rows, _rows.row_dtype(dtype))
     result = np.empty(rows, _rows.row_dtype(dtype))
@@ -149,11 +144,6 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
         if not good:
             _rows.raise_bad_label(classes, "label", array.shape[number])
     return _rows.deliver(logits, result, out)
-
-
-def _check_classes(classes: int) -> None:
-    if classes == 0:
-        raise ValueError("logits have no classes: the class axis has length 0")
 
 
 def one_hot(
@@ -210,9 +200,6 @@ def one_hot(
     if count:
         np.put_along_axis(target, np.expand_dims(np.asarray(classes, np.int64, order="C"), number), 1, axis=number)
     return out
-
-
-REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights")
 
 
 def cross_entropy(
@@ -306,7 +293,9 @@ def cross_entropy(
     return _cross_entropy(
         logits,
         targets,
-        axis=axis,
+        axis,
+        out,
+        differentiate=False,
         weight=weight,
         sample_weight=sample_weight,
         ignore_index=ignore_index,
@@ -316,8 +305,6 @@ def cross_entropy(
         temperature=temperature,
         where=where,
         reduction=reduction,
-        out=out,
-        differentiate=False,
     )[0]
 
 
@@ -379,7 +366,10 @@ reduction, out
     return _cross_entropy(
         logits,
         targets,
-        axis=axis,
+        axis,
+        out,
+        differentiate=True,
+        grad_out=grad_out,
         weight=weight,
         sample_weight=sample_weight,
         ignore_index=ignore_index,
@@ -389,235 +379,40 @@ reduction, out
         temperature=temperature,
         where=where,
         reduction=reduction,
-        out=out,
-        differentiate=True,
         loss_grad=loss_grad,
-        grad_out=grad_out,
     )
 
 
 def _cross_entropy(
     logits: Any,
     targets: Any,
-    *,
     axis: SupportsIndex,
-    weight: Any,
-    sample_weight: Any,
-    ignore_index: SupportsIndex | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    temperature: float,
-    where: Any,
-    reduction: str,
     out: Any,
     differentiate: bool,
-    loss_grad: Any = None,
     grad_out: Any = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
-    real = _rows.row_dtype(dtype)
     number = _rows.check_single_axis(axis, array.ndim)
-    rows = array.shape[:number] + array.shape[number + 1 :]
-    classes = array.shape[number]
-    _check_classes(classes)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    mask = _rows.check_where(where, array.shape)
-    goals = _rows.to_numpy(targets, "targets")
-    hard = goals.dtype.kind in "iu"
-    wanted = rows if hard else array.shape
-    if not hard and (goals.dtype.kind == "b" or _rows.check_floats(goals, "targets") is None):
-        raise TypeError("targets must be class numbers (integers) or probabilities (floats), not bool")
-    if goals.shape != wanted:
-        kind = "class numbers" if hard else "probabilities"
-        raise ValueError(
-            f"targets that are {kind} must have shape {wanted} for logits of shape {array.shape}, not {goals.shape}"
-        )
-    ignored = None
-    if ignore_index is not None:
-        try:
-            ignored = operator.index(ignore_index)
-        except TypeError:
-            raise TypeError(f"ignore_index must be an int, not {ignore_index!r}") from None
-        if not hard:
-            raise ValueError(f"ignore_index is {ignored}, but targets are probabilities: leave rows out by sample_weight")
-        if hard and not np.iinfo(goals.dtype).min <= ignored <= np.iinfo(goals.dtype).max:
-            ignored = None  # no target of this dtype can be it
-    counted = None if ignored is None else goals != ignored
-    if hard:
-        _check_targets(goals, counted, mask, number, classes)
-    samples = None if sample_weight is None else _as_real(sample_weight, "sample_weight", rows, real)
-    if samples is not None:
-        _check_finite(samples, "sample_weight")
-    cap = None if softcap is None else _check_real(softcap, "softcap", real, least=np.nextafter(real.type(0), real.type(1)))
-    options = LossOptions(
-        weight=None if weight is None else _check_weight(weight, classes, real),
-        # uint64 targets become int64: what does not fit is outside [0, C), or ignored, and wraps like this
-        ignore_index=None if ignored is None else (ignored + 2**63) % 2**64 - 2**63,
-        label_smoothing=_check_real(label_smoothing, "label_smoothing", real, least=0, most=1),
-        z_loss=_check_real(z_loss, "z_loss", real),
-        softcap=cap,
-        temperature=_rows.check_temperature(temperature, dtype),
-    )
-    shape = rows if reduction == "none" else ()
-    upstream = None if loss_grad is None else _as_real(loss_grad, "loss_grad", shape, real)
+    problem = check_problem(array.shape, number, dtype, targets, **options)
     if out is not None:
-        _rows.check_out(out, shape, real)
+        _rows.check_out(out, problem.result_shape, problem.dtype)
     answer, target = None, None
-    if differentiate:
-        if grad_out is None:
-            answer, target = _rows.allocate(logits, array.shape, dtype)
-        else:
-            answer, target = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
+    if differentiate and grad_out is None:
+        answer, target = _rows.allocate(logits, array.shape, dtype)
+    elif differentiate:
+        answer, target = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
 
-    denominator = _denominator(reduction, goals, hard, counted, samples, options.weight, rows)
-    scale = Fraction(1) / (Fraction(denominator or 1.0) * Fraction(options.temperature))
-    options = options._replace(scale=_as_pair(scale, real))
-    losses = np.empty(rows, real)
     grad = target
-    if target is not None and any(
-        _rows.clashes(target, given) for given in (array, goals, mask, samples, upstream, options.weight)
-    ):
+    if target is not None and any(_rows.clashes(target, given) for given in (array, *problem.arrays())):
         grad = np.empty_like(target)
+    losses = np.empty(problem.rows, problem.dtype)
     if losses.size:
-        module, threads = _dispatch.select(dtype, array.size)
-        labels = np.ascontiguousarray(goals, np.int64) if hard else None
-        if upstream is not None:
-            upstream = np.ascontiguousarray(np.broadcast_to(upstream, rows))
-
-        def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> int:
-            labels, samples, upstream, *grads, losses = rest
-            grad = grads[0] if grads else None
-            return getattr(module, "cross_entropy", _reference.cross_entropy)(  # type: ignore[no-any-return]
-                logits, where, probabilities, labels, samples, upstream, grad, losses, options, threads
-            )
-
-        _rows.run(
-            kernel,
-            module.DTYPES,
-            (number,),
-            _rows.Operands(
-                [array, mask, None if hard else goals],
-                [labels, samples, upstream],
-                [] if grad is None else [grad],
-                [losses],
-            ),
-        )
+        problem.run(array, grad, losses)
     if target is not None and grad is not None:
-        if not denominator:
+        if not problem.denominator:
             grad[...] = 0
         if grad is not target:
             target[...] = grad
-    result = losses if reduction == "none" else _reduce(losses, reduction, denominator)
-    return _rows.deliver(logits, result, out), answer
-
-
-def _reduce(losses: Array, reduction: str, denominator: float) -> Array:
-    """The sum of the losses over the denominator, in float64 (longdouble for longdouble)."""
-    wide = np.result_type(losses.dtype, np.float64)
-    total = losses.sum(dtype=wide)
-    if denominator:
-        return np.asarray(total / wide.type(denominator), losses.dtype)
-    if reduction == "mean":
-        warnings.warn("the mean of no losses is NaN: all rows are ignored or have weight 0", RuntimeWarning, stacklevel=4)
-        return np.asarray(np.nan, losses.dtype)
-    return np.zeros((), losses.dtype)
-
-
-def _denominator(
-    reduction: str,
-    targets: Array,
-    hard: bool,
-    counted: Array | None,
-    samples: Array | None,
-    weight: Array | None,
-    rows: tuple[int, ...],
-) -> float:
-    """What the sum of the losses is divided by; `counted` are the rows that are not ignored."""
-    if reduction in ("none", "sum"):
-        return 1.0
-    if reduction == "sum_over_batch_size":
-        return float(math.prod(rows))
-    if reduction == "sum_by_nonzero_weights":
-        weights = np.ones(rows, np.bool_) if samples is None else samples != 0
-        return float(np.count_nonzero(weights if counted is None else weights & counted))
-    numbers = samples
-    if hard and weight is not None:
-        known = targets if counted is None else np.where(counted, targets, 0)
-        numbers = weight[known] if samples is None else weight[known] * samples
-    if numbers is None:
-        return float(math.prod(rows) if counted is None else np.count_nonzero(counted))
-    return float(numbers.sum(dtype=np.float64, where=True if counted is None else counted))
-
-
-def _as_pair(number: Fraction, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """A number as the sum of two of a dtype."""
-    greatest = Fraction(float(np.finfo(dtype).max))
-    number = max(-greatest, min(greatest, number))
-    high = float(dtype.type(float(number)))
-    return high, float(dtype.type(float(number - Fraction(high))))
-
-
-def _check_targets(targets: Array, counted: Array | None, mask: Array | None, axis: int, classes: int) -> None:
-    """Every class number that counts must be in [0, classes), and not masked out unless its whole row is."""
-    outside = (targets < 0) | (targets >= classes)
-    if counted is not None:
-        outside &= counted
-    if outside.any():
-        _raise_at(targets, outside, f"is outside [0, {classes})")
-    if mask is not None:
-        known = np.asarray(targets if counted is None else np.where(counted, targets, 0), np.int64)
-        masked = ~np.take_along_axis(mask, np.expand_dims(known, axis), axis).squeeze(axis)
-        if counted is not None:
-            masked &= counted
-        if masked.any():
-            masked &= mask.any(axis=axis)
-        if masked.any():
-            _raise_at(targets, masked, "is masked out by where, in a row with other classes")
-
-
-def _raise_at(targets: Array, bad: Array, complaint: str) -> None:
-    index = tuple(int(i) for i in np.argwhere(bad)[0])
-    place = f" at index {index}" if index else ""
-    raise ValueError(f"target {targets[index]}{place} {complaint}")
-
-
-def _check_real(value: Any, name: str, dtype: np.dtype[Any], least: Any = -math.inf, most: Any = math.inf) -> float:
-    """A finite number within bounds, rounded to a dtype."""
-    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
-        raise TypeError(f"{name} must be a real number, not {value!r}")
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(dtype.type(value)) if abs(value) <= np.finfo(dtype).max else math.inf
-    if not (math.isfinite(rounded) and least <= rounded <= most and least <= value <= most):
-        bounds = "finite" if least == -math.inf else "positive and finite" if most == math.inf else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")
-    return rounded
-
-
-def _as_real(values: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Real numbers, broadcast to a shape and in a dtype."""
-    array = _rows.to_numpy(values, name)
-    _rows.check_floats(array, name)
-    try:
-        return np.ascontiguousarray(np.broadcast_to(array, shape), dtype).reshape(shape)
-    except ValueError:
-        raise ValueError(f"{name} of shape {array.shape} does not broadcast to the losses' shape {shape}") from None
-
-
-def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
-    array = _rows.to_numpy(weight, "weight")
-    _rows.check_floats(array, "weight")
-    if array.shape != (classes,):
-        raise ValueError(f"weight must have one entry a class, shape ({classes},), not {array.shape}")
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, dtype)
-    return _check_finite(array, "weight")
-
-
-def _check_finite(array: Array, name: str) -> Array:
-    if not np.isfinite(array).all():
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name} {array[index]} at index {index} is not finite")
-    return array
+    return _rows.deliver(logits, problem.reduce(losses), out), answer
