@@ -181,6 +181,24 @@ static int64_t worse(int64_t a, int64_t b)
   return b == -1 || a < b ? a : b;
 }
 
+/* A second call beside a running one stays on its caller's thread: teams of teams would only wait for cores. */
+static atomic_bool busy;
+
+static bool begin_team(int threads)
+{
+  return threads > 1 && !forked && !atomic_exchange(&busy, true);
+}
+
+static void end_team(void)
+{
+  atomic_store(&busy, false);
+}
+
+static const struct pl_parts *parts_of(const struct pl_kernels *kernels, int dtype)
+{
+  return dtype == PL_FLOAT64 ? kernels->parts_f64 : kernels->parts_f32;
+}
+
 /* A team works on this many pieces a thread, so that one that is held up does not hold up the others. */
 #define PIECES_PER_THREAD 8
 #define PIECE_ROWS 16 /* a whole tile of floats */
@@ -217,16 +235,17 @@ static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task
   return rows < 4 * threads && task->classes >= 2 * parts->block && !whole_rows_only;
 }
 
-static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
+/* Each piece of a row, of `piece` blocks: some are reduced, or results of some are written. Returns the worst status. */
+struct pieces {
+  int64_t rows, first, last, piece;
+  bool write;
+};
+
+static int64_t run_pieces(const struct pl_parts *parts, const struct pl_task *task, struct pieces p, char *numbers, int threads)
 {
   const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
-  const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
-  const int64_t piece = (blocks + wanted - 1) / wanted, pieces = (blocks + piece - 1) / piece;
-  const bool whole = pl_whole(task);
-  const int64_t writes = whole ? pieces : 1; /* one number a row is not worth sharing */
+  const int64_t each = (p.last - p.first + p.piece - 1) / p.piece;
   int64_t status = -1;
-  char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
-  if (!numbers) return -2;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
@@ -236,18 +255,15 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1)
 #endif
-    for (int64_t p = 0; p < rows * pieces; p++) {
-      const int64_t r = p / pieces, first = p % pieces * piece;
-      parts->reduce(task, r, first, first + piece < blocks ? first + piece : blocks,
-                    numbers + (size_t)(r * blocks) * parts->numbers_size);
-    }
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-    for (int64_t p = 0; p < rows * writes; p++) {
-      const int64_t r = p / writes, first = p % writes * piece;
-      const int64_t last = whole && first + piece < blocks ? first + piece : blocks;
-      const int64_t found = parts->write(task, r, first, last, numbers + (size_t)(r * blocks) * parts->numbers_size);
+    for (int64_t i = 0; i < p.rows * each; i++) {
+      const int64_t r = i / each, first = p.first + i % each * p.piece;
+      const int64_t last = first + p.piece < p.last ? first + p.piece : p.last;
+      char *of_row = numbers + (size_t)(r * blocks) * parts->numbers_size;
+      if (!p.write) {
+        parts->reduce(task, r, first, last, of_row);
+        continue;
+      }
+      const int64_t found = parts->write(task, r, first, last, of_row);
       if (found != -1) {
 #ifdef _OPENMP
 #pragma omp critical(pl_status)
@@ -257,6 +273,20 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
     }
     set_float_state(state);
   }
+  return status;
+}
+
+static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
+{
+  const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
+  const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
+  struct pieces p = {rows, 0, blocks, (blocks + wanted - 1) / wanted, false};
+  char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
+  if (!numbers) return -2;
+  run_pieces(parts, task, p, numbers, threads);
+  p.write = true;
+  if (!pl_whole(task)) p.piece = blocks; /* one number a row is not worth sharing */
+  const int64_t status = run_pieces(parts, task, p, numbers, threads);
   free(numbers);
   return status;
 }
@@ -293,7 +323,6 @@ int64_t pl_run(const struct pl_task *task, int threads)
 {
   const struct pl_kernels *kernels = current_isa()->kernels;
   const int64_t rows = task->outer * task->inner;
-  static atomic_bool busy;
   if (rows == 0) return -1;
   if (task->labels.data) {
     /* scoring has one label a row; its picks are the k of top-k */
@@ -302,13 +331,12 @@ int64_t pl_run(const struct pl_task *task, int threads)
     const int64_t bad = find_bad_label(&labels);
     if (bad != -1) return bad;
   }
-  const struct pl_parts *parts = task->dtype == PL_FLOAT64 ? kernels->parts_f64 : kernels->parts_f32;
+  const struct pl_parts *parts = parts_of(kernels, task->dtype);
   const bool shared = shares_rows(parts, task, rows, threads);
   if (threads > rows && !shared) threads = (int)rows;
-  /* A second call beside a running one stays on its caller's thread: teams of teams would only wait for cores. */
-  if (threads > 1 && !forked && !atomic_exchange(&busy, true)) {
+  if (begin_team(threads)) {
     const int64_t status = shared ? share_rows(parts, task, rows, threads) : run_team(kernels, task, rows, threads);
-    atomic_store(&busy, false);
+    end_team();
     return status;
   }
   return run_range(kernels, task, 0, rows);
@@ -333,4 +361,34 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
       .out = {out, whole ? classes * item : item, item, item},
   };
   return pl_run(&task, threads);
+}
+
+int64_t pl_block(int dtype)
+{
+  return parts_of(current_isa()->kernels, dtype)->block;
+}
+
+int64_t pl_numbers_size(int dtype)
+{
+  return (int64_t)parts_of(current_isa()->kernels, dtype)->numbers_size;
+}
+
+static int64_t run_part(const struct pl_task *task, int64_t first, int64_t last, bool write, void *numbers, int threads)
+{
+  const struct pieces p = {task->outer * task->inner, first, last, last - first, write};
+  const struct pl_parts *parts = parts_of(current_isa()->kernels, task->dtype);
+  const bool team = begin_team(threads);
+  const int64_t status = run_pieces(parts, task, p, numbers, team ? threads : 1);
+  if (team) end_team();
+  return status;
+}
+
+void pl_reduce_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
+{
+  run_part(task, first, last, false, numbers, threads);
+}
+
+int64_t pl_write_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
+{
+  return run_part(task, first, last, true, numbers, threads);
 }

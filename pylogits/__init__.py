@@ -10,6 +10,7 @@ from pylogits.activations import (
     softmax,
     softmax_backward,
 )
+from pylogits.linear import linear_cross_entropy, linear_cross_entropy_value_and_grad
 from pylogits.losses import (
     cross_entropy,
     cross_entropy_value_and_grad,
@@ -26,6 +27,8 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_value_and_grad",
     "get_num_threads",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",

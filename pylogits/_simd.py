@@ -31,10 +31,9 @@ _OPERATIONS = {
 }
 
 
-def _run(
+def _task(
     operation: int,
     logits: Array,
-    threads: int,
     *,
     out: Array | None = None,
     labels: Array | None = None,
@@ -44,23 +43,19 @@ def _run(
     grad: Array | None = None,
     scores: Scores | None = None,
     losses: Mapping[str, Any] | None = None,
-) -> int:
+) -> Any:
+    """The arguments of one call. It has the arrays' addresses only: they must be kept."""
     task = ffi.new("struct pl_task *")
     task.operation = operation
     task.dtype = _CODES[logits.dtype]
     task.outer, task.classes, task.inner = logits.shape
     task.picks = picks
     task.temperature = temperature
-    _view(task.logits, logits)
     if out is not None:
         task.out_dtype = _CODES[out.dtype]
-        _view(task.out, out)
-    if where is not None:
-        _view(task.where, where)
-    if labels is not None:
-        _view(task.labels, labels)
-    if grad is not None:
-        _view(task.grad, grad)
+    for name, array in (("logits", logits), ("out", out), ("where", where), ("labels", labels), ("grad", grad)):
+        if array is not None:
+            _view(getattr(task, name), array)
     for name, value in (losses or {}).items():
         if not isinstance(value, np.ndarray):
             setattr(task.losses, name, value)
@@ -74,7 +69,11 @@ def _run(
             if array is not None:
                 pointer = ffi.cast("void *", array.ctypes.data)
                 setattr(task, name, ffi.cast(ffi.typeof(getattr(task, name)), pointer))
-    status = lib.pl_run(task, threads)
+    return task
+
+
+def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
+    status = lib.pl_run(_task(operation, logits, **arguments), threads)
     if status == -2:
         raise MemoryError("no memory for the blocks of a long row")
     return int(status)
@@ -133,23 +132,10 @@ def cross_entropy(
     options: LossOptions,
     threads: int,
 ) -> int:
-    given = {
-        "probabilities": probabilities,
-        "sample_weight": sample_weight,
-        "loss_grad": loss_grad,
-        "grad": grad,
-        "weight": options.weight,
-        "softcap": options.softcap,
-        "ignore_index": options.ignore_index,
-        "has_ignore_index": None if options.ignore_index is None else 1,
-        "label_smoothing": options.label_smoothing or None,
-        "z_loss": options.z_loss or None,
-    }
-    losses = {name: value for name, value in given.items() if value is not None}
-    plain = labels is not None and where is None and not losses
-    losses["scale"], losses["scale_lo"] = options.scale
+    losses = _given(options, sample_weight, loss_grad, probabilities=probabilities, grad=grad)
+    # without options, the kernel that is made for it, with the same bits
+    plain = labels is not None and where is None and losses.keys() <= {"scale", "scale_lo"}
     return _run(
-        # without options, the kernel that is made for it, with the same bits
         lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY if plain else lib.PL_CROSS_ENTROPY,
         logits,
         threads,
@@ -159,6 +145,84 @@ def cross_entropy(
         temperature=options.temperature,
         losses=losses,
     )
+
+
+def _given(
+    options: LossOptions, sample_weight: Array | None, loss_grad: Array | None, **arrays: Array | None
+) -> dict[str, Any]:
+    """The fields of a struct pl_loss that are not as by default."""
+    fields = {
+        "sample_weight": sample_weight,
+        "loss_grad": loss_grad,
+        "weight": options.weight,
+        "softcap": options.softcap,
+        "ignore_index": options.ignore_index,
+        "has_ignore_index": None if options.ignore_index is None else 1,
+        "label_smoothing": options.label_smoothing or None,
+        "z_loss": options.z_loss or None,
+        "scale": options.scale[0],
+        "scale_lo": options.scale[1],
+        **arrays,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class TiledCrossEntropy:
+    """`cross_entropy` with labels, of rows whose logits are made a tile of classes at a time and are never there as a whole.
+
+    A tile has the logits of classes [first, first + n), where first is a multiple of `block`, and n is too but for the last.
+    `reduce` takes each, in any order. Then `write` gives the losses and, where tiles come a second time, turns their logits
+    into gradients.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        where: Array | None,
+        labels: Array,
+        sample_weight: Array | None,
+        loss_grad: Array | None,
+        out: Array,
+        options: LossOptions,
+        threads: int,
+    ) -> None:
+        self._threads = threads
+        self._itemsize = out.dtype.itemsize
+        self._arrays = where, labels, sample_weight, loss_grad, out, options
+        logits = np.broadcast_to(np.zeros((), out.dtype), (*shape, 1))
+        self._task = _task(
+            lib.PL_CROSS_ENTROPY,
+            logits,
+            out=out[:, None],
+            labels=labels[:, None],
+            where=None if where is None else where[:, :, None],
+            temperature=options.temperature,
+            losses=_given(options, sample_weight, loss_grad),
+        )
+        self.block = tile_classes(out.dtype)
+        blocks = -(-shape[1] // self.block)
+        self._numbers = np.empty(shape[0] * blocks * int(lib.pl_numbers_size(self._task.dtype)), np.uint8)
+
+    def _place(self, view: Any, tile: Array, first: int) -> tuple[int, int]:
+        """Lay a view of the whole rows so that the tile is where it belongs; its blocks."""
+        view.data = ffi.cast("void *", tile.ctypes.data - first * self._itemsize)
+        view.outer, view.classes = tile.strides
+        return first // self.block, -(-(first + tile.shape[1]) // self.block)
+
+    def reduce(self, tile: Array, first: int) -> None:
+        blocks = self._place(self._task.logits, tile, first)
+        lib.pl_reduce_part(self._task, *blocks, _from_buffer(self._numbers), self._threads)
+
+    def write(self, tile: Array | None = None, first: int = 0) -> int:
+        blocks = (0, 1)
+        if tile is not None:
+            self._place(self._task.logits, tile, first)
+            blocks = self._place(self._task.losses.grad, tile, first)
+        return int(lib.pl_write_part(self._task, *blocks, _from_buffer(self._numbers), self._threads))
+
+
+def tile_classes(dtype: np.dtype[Any]) -> int:
+    return int(lib.pl_block(_CODES[dtype]))
 
 
 def softmax_backward(probs: Array, grad: Array, out: Array, threads: int) -> None:
