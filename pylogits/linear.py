@@ -12,6 +12,9 @@ from pylogits._rows import Array
 # Of logits that are there at a time. Measured at 2048 x 768 x 50257: tiles of 512 rows took 1.1 times as long in the matrix
 # products, and tiles of whole rows, of the same size, 1.3 times.
 TILE_BYTES = 32 << 20
+# The kernels are a twentieth of the work. On two threads they took ten times as long, and doubled the whole: after a product
+# BLAS's threads wait actively for the next one, and so do OpenMP's.
+KERNEL_THREADS = 1
 
 
 def linear_cross_entropy(
@@ -207,7 +210,7 @@ class _Layer:
 
     def __init__(self, x: Array, w: Array, bias: Array | None, dtype: np.dtype[Any], problem: Problem) -> None:
         self.x, self.w, self.bias, self.dtype, self.problem = x, w, bias, dtype, problem
-        self.module, self.threads = _dispatch.select(dtype, x.shape[0] * w.shape[0])
+        self.module, _ = _dispatch.select(dtype, x.shape[0] * w.shape[0])
         # Only C takes rows in parts, and not for probabilities, of which there are rows x classes anyway.
         self.classes = w.shape[0]
         if problem.labels is not None and self.module.__name__ == _dispatch.C_MODULE:
@@ -275,7 +278,7 @@ class _Layer:
                 part.loss_grad,
                 found,
                 part.options,
-                self.threads,
+                KERNEL_THREADS,
             )
             for first in starts:
                 tiled.reduce(self.logits(x, first, tile)[0], first)
