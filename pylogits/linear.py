@@ -151,8 +151,8 @@ temperature, where, reduction, out
     >>> linear_weight = np.array([[0.5, 0.0], [1.0, 1.0], [0.0, 0.2]])
     >>> loss, (d_inputs, d_weight, d_bias) = pylogits.linear_cross_entropy_value_and_grad(inputs, linear_weight, [1, 2])
     >>> d_inputs.round(4)
-    array([[-0.1903, -0.1903],
-           [ 0.    , -0.0849]])
+    array([[-0.1333, -0.175 ],
+           [ 0.3992,  0.289 ]])
     """
     return _linear_cross_entropy(
         inputs,
