@@ -3,8 +3,9 @@
 import math
 import operator
 import warnings
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 
@@ -15,6 +16,45 @@ from pylogits._rows import Array
 REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights")
 
 
+# Rows are taken so many at a time, for what is made of each (a loss, a label as int64, ...) not to add up to arrays.
+ROWS_AT_A_TIME = 1 << 16
+
+Index = tuple[slice | int, ...]
+
+
+class Total:
+    """A sum in float64 (longdouble for longdouble), of ROWS_AT_A_TIME numbers at a time, however they come."""
+
+    def __init__(self, count: int, dtype: np.dtype[Any]) -> None:
+        self._pending = np.empty(min(count, 2 * ROWS_AT_A_TIME), dtype)
+        self._filled = 0
+        self._sum = np.zeros((), np.result_type(dtype, np.float64))
+
+    @classmethod
+    def of(cls, numbers: Array) -> "Total":
+        total = cls(numbers.size, numbers.dtype)
+        for start in range(0, numbers.size, ROWS_AT_A_TIME):
+            some = numbers.reshape(-1)[start : start + ROWS_AT_A_TIME]
+            total.room(some.shape)[...] = some
+            total.add(some)
+        return total
+
+    def room(self, shape: tuple[int, ...]) -> Array:
+        """Where the next numbers go, at most ROWS_AT_A_TIME, before they are counted by `add`."""
+        return self._pending[self._filled : self._filled + math.prod(shape)].reshape(shape)
+
+    def add(self, numbers: Array) -> None:
+        """Count what has been put into the room that was given last."""
+        self._filled += numbers.size
+        if self._filled >= ROWS_AT_A_TIME:
+            self._sum += self._pending[:ROWS_AT_A_TIME].sum(dtype=self._sum.dtype)
+            self._filled -= ROWS_AT_A_TIME
+            self._pending[: self._filled] = self._pending[ROWS_AT_A_TIME : ROWS_AT_A_TIME + self._filled]
+
+    def sum(self) -> Any:
+        return self._sum + self._pending[: self._filled].sum(dtype=self._sum.dtype)
+
+
 class Problem(NamedTuple):
     """The losses of rows of logits, whose shape without the class axis is `rows`; `dtype` is that of the losses."""
 
@@ -22,14 +62,17 @@ class Problem(NamedTuple):
     axis: int
     dtype: np.dtype[Any]
     where: Array | None  # in the shape of the logits
-    labels: Array | None  # int64, C-contiguous, in the shape of the rows; or else
-    probabilities: Array | None  # in the shape of the logits
-    counted: Array | None  # the rows that are not ignored, if any may be
-    sample_weight: Array | None  # C-contiguous, in the shape of the rows, as is
+    targets: Array  # class numbers in the shape of the rows, or probabilities in that of the logits
+    ignore_index: int | None
+    sample_weight: Array | None  # in the shape of the rows, as is
     loss_grad: Array | None
     options: LossOptions
     reduction: str
-    denominator: float
+    denominator: float = 1.0
+
+    @property
+    def hard(self) -> bool:
+        return self.targets.dtype.kind in "iu"
 
     @property
     def result_shape(self) -> tuple[int, ...]:
@@ -37,7 +80,40 @@ class Problem(NamedTuple):
 
     def arrays(self) -> tuple[Array | None, ...]:
         """All that is read while results are written."""
-        return self.where, self.labels, self.probabilities, self.sample_weight, self.loss_grad, self.options.weight
+        return self.where, self.targets, self.sample_weight, self.loss_grad, self.options.weight
+
+    def counted(self) -> Array | None:
+        """The rows that are not ignored; None for all."""
+        return None if self.ignore_index is None else self.targets != self.ignore_index
+
+    def full(self, index: Index) -> Index:
+        """An index of rows as one of logits."""
+        return index if len(index) <= self.axis else (*index[: self.axis], slice(None), *index[self.axis :])
+
+    def part(self, index: Any, full: Any) -> "Problem":
+        """The problem of some rows: an index of the rows, and the same of the logits."""
+        return self._replace(
+            where=None if self.where is None else self.where[full],
+            targets=self.targets[index if self.hard else full],
+            sample_weight=None if self.sample_weight is None else self.sample_weight[index],
+            loss_grad=None if self.loss_grad is None else self.loss_grad[index],
+        )
+
+    def parts(self) -> Iterator[tuple[Index, Index, "Problem"]]:
+        """Problems of at most ROWS_AT_A_TIME consecutive rows, with the indices of their rows and of their logits."""
+        for index in _rows.pieces(self.rows, ROWS_AT_A_TIME):
+            full = self.full(index)
+            part = self.part(index, full)
+            below = sum(isinstance(one, int) for one in full[: self.axis])
+            rows = np.broadcast_to(False, self.rows)[index].shape
+            yield index, full, part._replace(rows=rows, axis=self.axis - below)
+
+    def per_row(self, array: Array | None) -> Array | None:
+        """An array over the rows as a kernel takes it."""
+        return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
+
+    def labels(self) -> Array | None:
+        return np.ascontiguousarray(self.targets, np.int64).reshape(self.rows) if self.hard else None
 
     def run(self, logits: Array, grad: Array | None, losses: Array) -> None:
         module, threads = _dispatch.select(logits.dtype, logits.size)
@@ -54,8 +130,8 @@ class Problem(NamedTuple):
             module.DTYPES,
             (self.axis,),
             _rows.Operands(
-                [logits, self.where, self.probabilities],
-                [self.labels, self.sample_weight, self.loss_grad],
+                [logits, self.where, None if self.hard else self.targets],
+                [self.labels(), self.per_row(self.sample_weight), self.per_row(self.loss_grad)],
                 [] if grad is None else [grad],
                 [losses],
             ),
@@ -63,19 +139,15 @@ class Problem(NamedTuple):
         if not good:
             raise ValueError("a target changed while it was read")
 
-    def reduce(self, losses: Array) -> Array:
-        """The sum of the losses over the denominator, in float64 (longdouble for longdouble); or the losses themselves."""
-        if self.reduction == "none":
-            return losses
-        wide = np.result_type(losses.dtype, np.float64)
-        total = losses.sum(dtype=wide)
+    def reduce(self, total: Total) -> Array:
+        """The sum of the losses over the denominator."""
         if self.denominator:
-            return np.asarray(total / wide.type(self.denominator), losses.dtype)
+            return np.asarray(total.sum() / self.denominator, self.dtype)
         if self.reduction == "mean":
             message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
-            return np.asarray(np.nan, losses.dtype)
-        return np.zeros((), losses.dtype)
+            return np.asarray(np.nan, self.dtype)
+        return np.zeros((), self.dtype)
 
 
 def check_problem(
@@ -109,49 +181,42 @@ def check_problem(
     if given.shape != (rows if hard else shape):
         kind, wanted = ("class numbers", rows) if hard else ("probabilities", shape)
         raise ValueError(f"targets that are {kind} must have shape {wanted} for logits of shape {shape}, not {given.shape}")
-    ignored = None
-    if ignore_index is not None:
-        try:
-            ignored = operator.index(ignore_index)
-        except TypeError:
-            raise TypeError(f"ignore_index must be an int, not {ignore_index!r}") from None
-        if not hard:
-            raise ValueError(f"ignore_index is {ignored}, but targets are probabilities: leave rows out by sample_weight")
-        if not np.iinfo(given.dtype).min <= ignored <= np.iinfo(given.dtype).max:
-            ignored = None  # no target of this dtype can be it
-    counted = None if ignored is None else given != ignored
-    if hard:
-        _check_labels(given, counted, mask, axis, classes)
-    samples = (
-        None if sample_weight is None else _check_finite(_as_real(sample_weight, "sample_weight", rows, real), "sample_weight")
-    )
     above_zero = np.nextafter(real.type(0), real.type(1))
     options = LossOptions(
         weight=None if weight is None else _check_weight(weight, classes, real),
-        # uint64 targets become int64: what does not fit is outside [0, C), or ignored, and wraps like this
-        ignore_index=None if ignored is None else (ignored + 2**63) % 2**64 - 2**63,
         label_smoothing=_check_real(label_smoothing, "label_smoothing", real, least=0, most=1),
         z_loss=_check_real(z_loss, "z_loss", real),
         softcap=None if softcap is None else _check_real(softcap, "softcap", real, least=above_zero),
         temperature=_rows.check_temperature(temperature, dtype),
     )
-    upstream = None if loss_grad is None else _as_real(loss_grad, "loss_grad", rows if reduction == "none" else (), real)
-    denominator = _denominator(reduction, given, hard, counted, samples, options.weight, rows)
-    scale = Fraction(1) / (Fraction(denominator or 1.0) * Fraction(options.temperature))
-    return Problem(
+    ignored = None if ignore_index is None else _check_ignore_index(ignore_index, given, hard)
+    if ignored is not None:
+        # uint64 targets become int64: what does not fit is outside [0, C), or ignored, and wraps like this
+        options = options._replace(ignore_index=(ignored + 2**63) % 2**64 - 2**63)
+    problem = Problem(
         rows,
         axis,
         real,
         mask,
-        labels=np.ascontiguousarray(given, np.int64).reshape(rows) if hard else None,
-        probabilities=None if hard else given,
-        counted=counted,
-        sample_weight=samples,
-        loss_grad=None if upstream is None else np.ascontiguousarray(np.broadcast_to(upstream, rows)).reshape(rows),
-        options=options._replace(scale=_as_pair(scale, real)),
-        reduction=reduction,
-        denominator=denominator,
+        given,
+        ignored,
+        None if sample_weight is None else _check_rows(sample_weight, "sample_weight", rows),
+        None
+        if loss_grad is None
+        else np.broadcast_to(_check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()), rows),
+        options,
+        reduction,
     )
+    if problem.loss_grad is not None:
+        problem = problem._replace(loss_grad=np.broadcast_to(problem.loss_grad, rows))
+    for _, _, part in problem.parts():
+        if hard and not _labels_are_good(part, classes):
+            _raise_bad_label(problem, classes)
+        if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
+            _raise_not_finite(problem.sample_weight, "sample_weight", real)
+    denominator = _denominator(problem)
+    scale = Fraction(1) / (Fraction(denominator or 1.0) * Fraction(options.temperature))
+    return problem._replace(options=options._replace(scale=_as_pair(scale, real)), denominator=denominator)
 
 
 def check_classes(classes: int) -> None:
@@ -159,30 +224,24 @@ def check_classes(classes: int) -> None:
         raise ValueError("logits have no classes: the class axis has length 0")
 
 
-def _denominator(
-    reduction: str,
-    targets: Array,
-    hard: bool,
-    counted: Array | None,
-    samples: Array | None,
-    weight: Array | None,
-    rows: tuple[int, ...],
-) -> float:
-    """What the sum of the losses is divided by; `counted` are the rows that are not ignored."""
-    if reduction in ("none", "sum"):
+def _denominator(problem: Problem) -> float:
+    """What the sum of the losses is divided by."""
+    rows, weight = math.prod(problem.rows), problem.options.weight
+    if problem.reduction in ("none", "sum"):
         return 1.0
-    if reduction == "sum_over_batch_size":
-        return float(math.prod(rows))
-    if reduction == "sum_by_nonzero_weights":
-        weights = np.ones(rows, np.bool_) if samples is None else samples != 0
-        return float(np.count_nonzero(weights if counted is None else weights & counted))
-    numbers = samples
-    if hard and weight is not None:
-        known = targets if counted is None else np.where(counted, targets, 0)
-        numbers = weight[known] if samples is None else weight[known] * samples
-    if numbers is None:
-        return float(math.prod(rows) if counted is None else np.count_nonzero(counted))
-    return float(numbers.sum(dtype=np.float64, where=True if counted is None else counted))
+    if problem.reduction == "sum_over_batch_size":
+        return float(rows)
+    weighted = problem.reduction == "mean"
+    total = Total(rows, np.dtype(np.float64))
+    for _, _, part in problem.parts():
+        numbers, counted = total.room(part.rows), part.counted()
+        numbers[...] = 1 if counted is None else counted
+        if part.sample_weight is not None:
+            numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
+        if weighted and part.hard and weight is not None:
+            numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
+        total.add(numbers)
+    return float(total.sum())
 
 
 def _as_pair(number: Fraction, dtype: np.dtype[Any]) -> tuple[float, float]:
@@ -193,25 +252,47 @@ def _as_pair(number: Fraction, dtype: np.dtype[Any]) -> tuple[float, float]:
     return high, float(dtype.type(float(number - Fraction(high))))
 
 
-def _check_labels(targets: Array, counted: Array | None, mask: Array | None, axis: int, classes: int) -> None:
-    """Every class number that counts must be in [0, classes), and not masked out unless its whole row is."""
-    outside = (targets < 0) | (targets >= classes)
+def _check_ignore_index(ignore_index: SupportsIndex, targets: Array, hard: bool) -> int | None:
+    try:
+        ignored = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index must be an int, not {ignore_index!r}") from None
+    if not hard:
+        raise ValueError(f"ignore_index is {ignored}, but targets are probabilities: leave rows out by sample_weight")
+    limits = np.iinfo(targets.dtype)
+    return ignored if limits.min <= ignored <= limits.max else None  # else no target of this dtype can be it
+
+
+def _labels_are_good(part: Problem, classes: int) -> bool:
+    """Whether all that count are in [0, classes), and not masked out unless their whole row is."""
+    counted, targets = part.counted(), part.targets
     if counted is not None:
-        outside &= counted
-    if outside.any():
-        _raise_at(targets, outside, f"is outside [0, {classes})")
-    if mask is not None:
-        known = np.asarray(targets if counted is None else np.where(counted, targets, 0), np.int64)
-        masked = ~np.take_along_axis(mask, np.expand_dims(known, axis), axis).squeeze(axis)
-        if counted is not None:
-            masked &= counted
-        if masked.any():
-            masked &= mask.any(axis=axis)
-        if masked.any():
-            _raise_at(targets, masked, "is masked out by where, in a row with other classes")
+        targets = np.where(counted, targets, 0)
+    if targets.size and not (targets.min() >= 0 and targets.max() < classes):
+        return False
+    return part.where is None or not _masked_labels(part, targets).any()
 
 
-def _raise_at(targets: Array, bad: Array, complaint: str) -> None:
+def _masked_labels(problem: Problem, targets: Array) -> Array:
+    """Where a label that counts is masked out, in a row with other classes."""
+    assert problem.where is not None
+    known = np.expand_dims(np.asarray(targets, np.int64), problem.axis)
+    masked = ~np.take_along_axis(problem.where, known, problem.axis).squeeze(problem.axis)
+    counted = problem.counted()
+    if counted is not None:
+        masked &= counted
+    return masked & problem.where.any(axis=problem.axis) if masked.any() else masked
+
+
+def _raise_bad_label(problem: Problem, classes: int) -> NoReturn:
+    counted, targets = problem.counted(), problem.targets
+    bad = (targets < 0) | (targets >= classes)
+    if counted is not None:
+        bad &= counted
+    complaint = f"is outside [0, {classes})"
+    if not bad.any():
+        bad = _masked_labels(problem, targets if counted is None else np.where(counted, targets, 0))
+        complaint = "is masked out by where, in a row with other classes"
     index = tuple(int(i) for i in np.argwhere(bad)[0])
     place = f" at index {index}" if index else ""
     raise ValueError(f"target {targets[index]}{place} {complaint}")
@@ -229,12 +310,12 @@ def _check_real(value: Any, name: str, dtype: np.dtype[Any], least: Any = -math.
     return rounded
 
 
-def _as_real(values: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Real numbers, broadcast to a shape and in a dtype."""
+def _check_rows(values: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """Real numbers, broadcast to a shape."""
     array = _rows.to_numpy(values, name)
     _rows.check_floats(array, name)
     try:
-        return np.ascontiguousarray(np.broadcast_to(array, shape), dtype).reshape(shape)
+        return np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to the losses' shape {shape}") from None
 
@@ -244,13 +325,20 @@ def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
     _rows.check_floats(array, "weight")
     if array.shape != (classes,):
         raise ValueError(f"weight must have one entry a class, shape ({classes},), not {array.shape}")
+    if not _all_finite(array, dtype):
+        _raise_not_finite(array, "weight", dtype)
+    return np.ascontiguousarray(array, dtype)
+
+
+def _all_finite(array: Array, dtype: np.dtype[Any]) -> bool:
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, dtype)
-    return _check_finite(array, "weight")
+        return bool(np.isfinite(array.astype(dtype, copy=False)).all())
 
 
-def _check_finite(array: Array, name: str) -> Array:
-    if not np.isfinite(array).all():
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name} {array[index]} at index {index} is not finite")
-    return array
+def _raise_not_finite(array: Array | None, name: str, dtype: np.dtype[Any]) -> NoReturn:
+    assert array is not None
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(array.astype(dtype, copy=False))
+    index = tuple(int(i) for i in np.argwhere(bad)[0])
+    place = f" at index {index}" if index else ""
+    raise ValueError(f"{name} {array[index]}{place} is not finite in {dtype}")

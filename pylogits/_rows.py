@@ -169,18 +169,18 @@ def _as_full(array: Array, axes: tuple[int, ...]) -> Array | None:
         return None
 
 
-def _pieces(shape: Sequence[int], row_bytes: int) -> Iterator[tuple[slice | int, ...]]:
-    """Indices that cut dimensions `shape` into pieces of PIECE_BYTES, or of one row where rows are larger."""
-    if not shape:
+def pieces(rows: Sequence[int], most: int) -> Iterator[tuple[slice | int, ...]]:
+    """Indices that cut rows of this shape into pieces of consecutive ones, `most` of them (one where that is 0)."""
+    if not rows:
         yield ()
         return
-    below = math.prod(shape[1:]) * row_bytes
-    if below <= PIECE_BYTES:
-        step = max(1, PIECE_BYTES // max(below, 1))
-        yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+    below = math.prod(rows[1:])
+    if below <= most:
+        step = max(1, most // max(below, 1))
+        yield from ((slice(start, start + step),) for start in range(0, rows[0], step))
         return
-    for index in range(shape[0]):
-        yield from ((index, *rest) for rest in _pieces(shape[1:], row_bytes))
+    for index in range(rows[0]):
+        yield from ((index, *rest) for rest in pieces(rows[1:], most))
 
 
 class Operands(NamedTuple):
@@ -251,7 +251,7 @@ def _as_pieces(
     inputs = operands.inputs
     row_bytes = math.prod(logits.shape[axis] for axis in axes) * work.itemsize
     start = 0
-    for index in _pieces(last(logits).shape[:lead], row_bytes):
+    for index in pieces(last(logits).shape[:lead], PIECE_BYTES // max(row_bytes, 1)):
         first = copy(logits, index)
         rows = slice(start, start + len(first))
         start = rows.stop

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from pylogits import _dispatch, _rows
-from pylogits._problem import Problem, check_problem
+from pylogits._problem import Problem, Total, check_problem
 from pylogits._rows import Array
 
 # Of logits that are there at a time. Measured at 2048 x 768 x 50257: tiles of 512 rows took 1.1 times as long in the matrix
@@ -192,16 +192,18 @@ def _linear_cross_entropy(
     if out is not None:
         _rows.check_out(out, problem.result_shape, dtype)
 
-    losses = np.zeros(problem.rows, dtype)
     grads = {name: np.zeros(array.shape, dtype) for name, array in arrays.items()} if differentiate else {}
+    losses = np.zeros(problem.rows, dtype)
     layer = _Layer(x.reshape(losses.size, w.shape[1]), w, bias, dtype, problem)
     for rows in layer.row_tiles():
-        layer.run(rows, losses.reshape(-1), grads)
+        losses.reshape(-1)[rows] = layer.run(rows, grads)
     if not problem.denominator:
         for grad in grads.values():
             grad[...] = 0
     answers = {name: _rows.deliver(given[name], grad.astype(dtypes[name], copy=False), None) for name, grad in grads.items()}
-    result = _rows.deliver(inputs, problem.reduce(losses), out)
+    if problem.reduction != "none":
+        losses = problem.reduce(Total.of(losses))
+    result = _rows.deliver(inputs, losses, out)
     return result, (answers.get("inputs"), answers.get("linear_weight"), answers.get("linear_bias"))
 
 
@@ -213,40 +215,26 @@ class _Layer:
         self.module, _ = _dispatch.select(dtype, x.shape[0] * w.shape[0])
         # Only C takes rows in parts, and not for probabilities, of which there are rows x classes anyway.
         self.classes = w.shape[0]
-        if problem.labels is not None and self.module.__name__ == _dispatch.C_MODULE:
+        if problem.hard and self.module.__name__ == _dispatch.C_MODULE:
             self.classes = min(self.classes, self.module.tile_classes(dtype))
         self.by_class = self.classes < w.shape[0]
 
     def row_tiles(self) -> Iterator[Array]:
         """The numbers of the rows that count, so many that a tile of their logits is of TILE_BYTES."""
-        counted = self.problem.counted
+        counted = self.problem.counted()
         rows = np.arange(len(self.x)) if counted is None else np.flatnonzero(counted)
         step = max(1, TILE_BYTES // (self.classes * self.dtype.itemsize))
         yield from (rows[start : start + step] for start in range(0, len(rows), step))
 
     def part(self, rows: Array) -> Problem:
-        """The problem of these rows alone."""
-        problem = self.problem
-
-        def of_rows(array: Array | None) -> Array | None:
-            return None if array is None else np.ascontiguousarray(array.reshape(-1)[rows])
-
-        def full(array: Array | None) -> Array | None:
-            if array is None:
-                return None
-            if not any(array.strides[:-1]):  # the same for all rows
-                return np.broadcast_to(array[(0,) * (array.ndim - 1)], (len(rows), array.shape[-1]))
-            return array[np.unravel_index(rows, problem.rows)]
-
-        return problem._replace(
-            rows=(len(rows),),
-            axis=1,
-            where=full(problem.where),
-            labels=of_rows(problem.labels),
-            probabilities=full(problem.probabilities),
-            sample_weight=of_rows(problem.sample_weight),
-            loss_grad=of_rows(problem.loss_grad),
-        )
+        """The problem of these rows alone, (rows) x (classes)."""
+        problem, where = self.problem, self.problem.where
+        index: Any = np.unravel_index(rows, problem.rows) if problem.rows else (np.newaxis,)
+        if where is not None and not any(where.strides[:-1]):  # the same for all rows: not to be copied for each
+            where = np.broadcast_to(where[(0,) * (where.ndim - 1)], (len(rows), where.shape[-1]))
+        elif where is not None:
+            where = where[index]
+        return problem._replace(where=None).part(index, index)._replace(rows=rows.shape, axis=1, where=where)
 
     def logits(self, x: Array, first: int, tile: Array) -> tuple[Array, Array]:
         """Those of the classes from `first` on, in (the beginning of) `tile`; and their weights."""
@@ -257,7 +245,8 @@ class _Layer:
             logits += self.bias[first : first + self.classes].astype(self.dtype, copy=False)
         return logits, w
 
-    def run(self, rows: Array, losses: Array, grads: dict[str, Array]) -> None:
+    def run(self, rows: Array, grads: dict[str, Array]) -> Array:
+        """The losses of these rows; what they add to the gradients is added."""
         x = np.asarray(self.x[rows], self.dtype)
         part = self.part(rows)
         found = np.empty(len(rows), self.dtype)
@@ -269,13 +258,14 @@ class _Layer:
             if grads:
                 self.add_grads(grads, rows, x, w, logits, 0)
         else:
-            assert part.labels is not None
+            labels = part.labels()
+            assert labels is not None
             tiled = self.module.TiledCrossEntropy(
                 (len(rows), len(self.w)),
                 part.where,
-                part.labels,
-                part.sample_weight,
-                part.loss_grad,
+                labels,
+                part.per_row(part.sample_weight),
+                part.per_row(part.loss_grad),
                 found,
                 part.options,
                 KERNEL_THREADS,
@@ -288,7 +278,7 @@ class _Layer:
                 self.add_grads(grads, rows, x, w, logits, first)
             if not grads:
                 tiled.write()
-        losses[rows] = found
+        return found
 
     def add_grads(self, grads: dict[str, Array], rows: Array, x: Array, w: Array, slopes: Array, first: int) -> None:
         """Those of the classes from `first` on, from the gradients of their logits."""

@@ -1,12 +1,13 @@
 """The fused cross entropies: under TensorFlow's names, and with every option and the gradient; and one_hot."""
 
+import math
 from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from pylogits import _dispatch, _rows
-from pylogits._problem import check_classes, check_problem
+from pylogits._problem import Total, check_classes, check_problem
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
@@ -398,21 +399,25 @@ def _cross_entropy(
     problem = check_problem(array.shape, number, dtype, targets, **options)
     if out is not None:
         _rows.check_out(out, problem.result_shape, problem.dtype)
-    answer, target = None, None
+    answer, grad = None, None
     if differentiate and grad_out is None:
-        answer, target = _rows.allocate(logits, array.shape, dtype)
+        answer, grad = _rows.allocate(logits, array.shape, dtype)
     elif differentiate:
-        answer, target = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
+        answer, grad = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
 
-    grad = target
-    if target is not None and any(_rows.clashes(target, given) for given in (array, *problem.arrays())):
-        grad = np.empty_like(target)
-    losses = np.empty(problem.rows, problem.dtype)
-    if losses.size:
-        problem.run(array, grad, losses)
-    if target is not None and grad is not None:
+    slopes = grad
+    if grad is not None and any(_rows.clashes(grad, given) for given in (array, *problem.arrays())):
+        slopes = np.empty_like(grad)
+    losses = np.empty(problem.result_shape, problem.dtype)
+    total = Total(math.prod(problem.rows), problem.dtype)
+    for index, full, part in problem.parts():
+        numbers = losses[index] if problem.reduction == "none" else total.room(part.rows)
+        part.run(array[full], None if slopes is None else slopes[full], numbers)
+        if problem.reduction != "none":
+            total.add(numbers)
+    if grad is not None and slopes is not None:
         if not problem.denominator:
-            grad[...] = 0
-        if grad is not target:
-            target[...] = grad
-    return _rows.deliver(logits, problem.reduce(losses), out), answer
+            slopes[...] = 0
+        if slopes is not grad:
+            grad[...] = slopes
+    return _rows.deliver(logits, losses if problem.reduction == "none" else problem.reduce(total), out), answer
