@@ -5,6 +5,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from types import EllipsisType
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
@@ -19,7 +20,7 @@ REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weig
 # Rows are taken so many at a time, for what is made of each (a loss, a label as int64, ...) not to add up to arrays.
 ROWS_AT_A_TIME = 1 << 16
 
-Index = tuple[slice | int, ...]
+Index = tuple[slice | int | EllipsisType, ...]
 
 
 class Total:
@@ -101,7 +102,8 @@ class Problem(NamedTuple):
 
     def parts(self) -> Iterator[tuple[Index, Index, "Problem"]]:
         """Problems of at most ROWS_AT_A_TIME consecutive rows, with the indices of their rows and of their logits."""
-        for index in _rows.pieces(self.rows, ROWS_AT_A_TIME):
+        for piece in _rows.pieces(self.rows, ROWS_AT_A_TIME):
+            index = piece or (...,)  # of a single row, as an array all the same
             full = self.full(index)
             part = self.part(index, full)
             below = sum(isinstance(one, int) for one in full[: self.axis])
@@ -201,9 +203,7 @@ def check_problem(
         given,
         ignored,
         None if sample_weight is None else _check_rows(sample_weight, "sample_weight", rows),
-        None
-        if loss_grad is None
-        else np.broadcast_to(_check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()), rows),
+        None if loss_grad is None else _check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()),
         options,
         reduction,
     )
