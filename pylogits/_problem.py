@@ -5,6 +5,7 @@ import operator
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
@@ -87,10 +88,6 @@ class Problem(NamedTuple):
         """The rows that are not ignored; None for all."""
         return None if self.ignore_index is None else self.targets != self.ignore_index
 
-    def full(self, index: Index) -> Index:
-        """An index of rows as one of logits."""
-        return index if len(index) <= self.axis else (*index[: self.axis], slice(None), *index[self.axis :])
-
     def part(self, index: Any, full: Any) -> "Problem":
         """The problem of some rows: an index of the rows, and the same of the logits."""
         return self._replace(
@@ -102,9 +99,11 @@ class Problem(NamedTuple):
 
     def parts(self) -> Iterator[tuple[Index, Index, "Problem"]]:
         """Problems of at most ROWS_AT_A_TIME consecutive rows, with the indices of their rows and of their logits."""
-        for piece in _rows.pieces(self.rows, ROWS_AT_A_TIME):
-            index = piece or (...,)  # of a single row, as an array all the same
-            full = self.full(index)
+        if math.prod(self.rows) <= ROWS_AT_A_TIME:
+            yield (...,), (...,), self
+            return
+        for index in _rows.pieces(self.rows, ROWS_AT_A_TIME):
+            full = index if len(index) <= self.axis else (*index[: self.axis], slice(None), *index[self.axis :])
             part = self.part(index, full)
             below = sum(isinstance(one, int) for one in full[: self.axis])
             rows = np.broadcast_to(False, self.rows)[index].shape
@@ -215,8 +214,8 @@ def check_problem(
         if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
             _raise_not_finite(problem.sample_weight, "sample_weight", real)
     denominator = _denominator(problem)
-    scale = Fraction(1) / (Fraction(denominator or 1.0) * Fraction(options.temperature))
-    return problem._replace(options=options._replace(scale=_as_pair(scale, real)), denominator=denominator)
+    scale = _scale(denominator or 1.0, options.temperature, real)
+    return problem._replace(options=options._replace(scale=scale), denominator=denominator)
 
 
 def check_classes(classes: int) -> None:
@@ -232,22 +231,29 @@ def _denominator(problem: Problem) -> float:
     if problem.reduction == "sum_over_batch_size":
         return float(rows)
     weighted = problem.reduction == "mean"
+    if (
+        problem.sample_weight is None
+        and problem.ignore_index is None
+        and not (weighted and problem.hard and weight is not None)
+    ):
+        return float(rows)
     total = Total(rows, np.dtype(np.float64))
     for _, _, part in problem.parts():
         numbers, counted = total.room(part.rows), part.counted()
         numbers[...] = 1 if counted is None else counted
         if part.sample_weight is not None:
             numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
-        if weighted and part.hard and weight is not None:
+        if by_class and weight is not None:
             numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
         total.add(numbers)
     return float(total.sum())
 
 
-def _as_pair(number: Fraction, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """A number as the sum of two of a dtype."""
+@lru_cache(maxsize=64)
+def _scale(denominator: float, temperature: float, dtype: np.dtype[Any]) -> tuple[float, float]:
+    """1 / (denominator * temperature) as the sum of two numbers of a dtype."""
     greatest = Fraction(float(np.finfo(dtype).max))
-    number = max(-greatest, min(greatest, number))
+    number = max(-greatest, min(greatest, 1 / (Fraction(denominator) * Fraction(temperature))))
     high = float(dtype.type(float(number)))
     return high, float(dtype.type(float(number - Fraction(high))))
 
