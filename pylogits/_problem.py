@@ -231,11 +231,8 @@ def _denominator(problem: Problem) -> float:
     if problem.reduction == "sum_over_batch_size":
         return float(rows)
     weighted = problem.reduction == "mean"
-    if (
-        problem.sample_weight is None
-        and problem.ignore_index is None
-        and not (weighted and problem.hard and weight is not None)
-    ):
+    by_class = weighted and problem.hard and weight is not None
+    if problem.sample_weight is None and problem.ignore_index is None and not by_class:
         return float(rows)
     total = Total(rows, np.dtype(np.float64))
     for _, _, part in problem.parts():
