@@ -94,36 +94,69 @@ static inline struct FN(pair) FN(weigh_label)(REAL x, REAL weight, REAL max)
   return (struct FN(pair)){hi, lo};
 }
 
-/* The q of block b: probabilities times class weights, 0 where masked out, filled up to whole groups. */
-static void FN(load_targets)(const struct pl_task *task, int64_t r, int64_t b, int64_t n, REAL *q)
+/* The q of block b: probabilities times class weights, 0 where masked out. Where they lie, or made in `room`. */
+static const REAL *FN(targets_at)(const struct pl_task *task, int64_t r, int64_t b, int64_t n, REAL *room)
 {
   const struct pl_view *view = &task->losses.probabilities;
   const REAL *weight = task->losses.weight;
-  FN(load_many)(q, FN(row_at)(task, view, r) + b * BLOCK * view->classes, view->classes, n, task->dtype);
-  for (int64_t c = 0; weight && c < n; c++) q[c] *= weight[b * BLOCK + c];
-  FN(mask_block)(task, FN(row_at)(task, &task->where, r), b, q, n, 0);
-  for (int64_t c = n; c < ROUND_UP(n, GROUP); c++) q[c] = 0;
+  const char *where = FN(row_at)(task, &task->where, r), *from = FN(row_at)(task, view, r) + b * BLOCK * view->classes;
+  const bool native = task->dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL);
+  if (native && !weight && !where) return (const REAL *)(const void *)from;
+  FN(load_many)(room, from, view->classes, n, task->dtype);
+  for (int64_t c = 0; weight && c < n; c++) room[c] *= weight[b * BLOCK + c];
+  FN(mask_block)(task, where, b, room, n, 0);
+  return room;
+}
+
+/* The sums of q, of q (max - x), and of the rounding errors of those products, lane by lane. */
+INLINE void FN(add_targets)(struct FN(lanes) * mass, struct FN(lanes) * dot, struct FN(lanes) * low, const REAL *x,
+                            const REAL *q, VEC max)
+{
+  const VEC zero = FN(vec_fill)(0);
+  EACH_VEC(v)
+  {
+    VEC targets[LINES_PER_GROUP], product[LINES_PER_GROUP], error[LINES_PER_GROUP];
+    for (int i = 0; i < LINES_PER_GROUP; i++) {
+      VEC lo;
+      targets[i] = FN(vec_load)(q + i * LANES + v);
+      const VEC hi = FN(vec_two_sum)(max, -FN(vec_load)(x + i * LANES + v), &lo), exact = targets[i] * hi;
+      const VEC rest = FN(vec_fma)(targets[i], hi, -exact) + targets[i] * lo;
+      product[i] = FN(vec_unless_equal)(exact, targets[i], zero); /* q = 0 counts for nothing, whatever x */
+      error[i] = FN(vec_unless_equal)(rest, targets[i], zero);
+    }
+    FN(add_line)(mass, v / VEC_LANES, (targets[0] + targets[1]) + (targets[2] + targets[3]));
+    FN(add_line)(dot, v / VEC_LANES, (product[0] + product[1]) + (product[2] + product[3]));
+    FN(add_line)(low, v / VEC_LANES, (error[0] + error[1]) + (error[2] + error[3]));
+  }
 }
 
 /* The sums of q (max - x) and q over a row. x is its block, if it has one only. */
 static void FN(dot_targets)(const struct pl_task *task, int64_t r, const REAL *x, REAL max, const struct FN(slot) * slot,
                             struct FN(pair) * dot, struct FN(pair) * mass)
 {
+  const VEC top = FN(vec_fill)(max), zero = FN(vec_fill)(0);
   const int64_t count = FN(block_count)(task);
   const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
-  REAL *q = slot->first, *products = slot->other;
   for (int64_t b = 0; b < count; b++) {
-    const int64_t n = FN(block_length)(task, b), groups = ROUND_UP(n, GROUP);
+    const int64_t n = FN(block_length)(task, b), whole = n / GROUP * GROUP;
+    const REAL *q = FN(targets_at)(task, r, b, n, slot->first);
+    struct FN(lanes) sums[3];
     struct FN(pair) part;
     REAL low_lo;
     if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
-    FN(load_targets)(task, r, b, n, q);
-    part.hi = FN(sum)(q, groups, &part.lo);
+    for (int i = 0; i < 3; i++)
+      for (int v = 0; v < LINE_VECS; v++) sums[i].sum[v] = sums[i].lo[v] = zero;
+    for (int64_t c = 0; c < whole; c += GROUP) FN(add_targets)(&sums[0], &sums[1], &sums[2], x + c, q + c, top);
+    if (whole < n) {
+      REAL tail[GROUP], targets[GROUP];
+      FN(pad)(tail, x + whole, n - whole, zero);
+      FN(pad)(targets, q + whole, n - whole, zero);
+      FN(add_targets)(&sums[0], &sums[1], &sums[2], tail, targets, top);
+    }
+    part.hi = FN(join_lanes)(&sums[0], &part.lo);
     *mass = FN(plus)(*mass, part);
-    for (int64_t c = 0; c < n; c++) products[c] = FN(weigh)(x[c], &q[c], max);
-    for (int64_t c = n; c < groups; c++) products[c] = 0;
-    part.hi = FN(sum)(products, groups, &part.lo);
-    part.lo += FN(sum)(q, groups, &low_lo);
+    part.hi = FN(join_lanes)(&sums[1], &part.lo);
+    part.lo += FN(join_lanes)(&sums[2], &low_lo);
     *dot = FN(plus)(*dot, part);
   }
 }
@@ -146,9 +179,8 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     const REAL *of_class = weight ? weight + b * BLOCK : NULL;
     REAL *result = FN(place)(&sink, b, room);
     if (soft) {
-      FN(load_targets)(task, r, b, n, minuses);
-      for (int64_t c = 0; c < n; c++)
-        minuses[c] = FMA(minuses[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
+      const REAL *q = FN(targets_at)(task, r, b, n, minuses);
+      for (int64_t c = 0; c < n; c++) minuses[c] = FMA(q[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
     } else if (line.minuses) {
       for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
     }
