@@ -49,6 +49,10 @@ bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are i
 bench-limits: $(VENV)/installed  ## times beside the peers and the limits of the memory, and the goals (LIMITS="--growth" for growth)
 	$(BIN)/python bench/limits.py $(LIMITS)
 
+.PHONY: bench-losses
+bench-losses: $(VENV)/installed  ## the losses, gradients and options beside the peers, the limits and the goals (LOSSES="--only softcap")
+	$(BIN)/python bench/losses.py $(LOSSES)
+
 .PHONY: accuracy
 accuracy: $(VENV)/installed  ## worst errors in ulp against extended precision, beside the peers that are installed
 	$(BIN)/python bench/accuracy.py
