@@ -98,17 +98,23 @@ def check_single_axis(axis: SupportsIndex, ndim: int) -> int:
     return normalize_axis_index(number, ndim, "axis")
 
 
-def check_temperature(temperature: Any, dtype: np.dtype[Any]) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, float | int | np.floating | np.integer):
-        raise TypeError(f"temperature must be a real number, not {temperature!r}")
+def check_real(value: Any, name: str, dtype: np.dtype[Any], bounds: str = "finite") -> float:
+    """A number that is "finite", "positive and finite" or "in [0, 1]", rounded to a dtype."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
+        raise TypeError(f"{name} must be a real number, not {value!r}")
     try:
         with np.errstate(over="ignore", under="ignore"):
-            rounded = float(row_dtype(dtype).type(temperature))
+            rounded = float(dtype.type(value))
     except OverflowError:  # an int beyond every float
         rounded = math.inf
-    if not (rounded > 0 and math.isfinite(rounded)):
-        raise ValueError(f"temperature must be positive and finite in {row_dtype(dtype)}, not {temperature!r}")
+    allowed = {"finite": True, "positive and finite": rounded > 0, "in [0, 1]": 0 <= value <= 1}
+    if not (math.isfinite(rounded) and allowed[bounds]):
+        raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")
     return rounded
+
+
+def check_temperature(temperature: Any, dtype: np.dtype[Any]) -> float:
+    return check_real(temperature, "temperature", row_dtype(dtype), "positive and finite")
 
 
 def check_where(where: Any, shape: tuple[int, ...]) -> Array | None:

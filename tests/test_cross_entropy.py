@@ -476,6 +476,8 @@ for shape in ((1000, 10000), (1000000, 10)):
         ({"sample_weight": [1, np.inf]}, ValueError, r"sample_weight inf at index \(1,\) is not finite"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\].*1\.5"),
         ({"label_smoothing": "0"}, TypeError, "label_smoothing must be a real number, not '0'"),
+        ({"label_smoothing": 10**400}, ValueError, r"label_smoothing must be in \[0, 1\]"),
+        ({"z_loss": 10**400}, ValueError, "z_loss must be finite"),
         ({"z_loss": np.nan}, ValueError, "z_loss must be finite"),
         ({"softcap": 0}, ValueError, "softcap must be positive and finite.*not 0"),
         ({"softcap": np.inf}, ValueError, "softcap must be positive and finite"),
