@@ -143,7 +143,7 @@ static void FN(dot_targets)(const struct pl_task *task, int64_t r, const REAL *x
     struct FN(lanes) sums[3];
     struct FN(pair) part;
     REAL low_lo;
-    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
+    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room, NULL);
     for (int i = 0; i < 3; i++)
       for (int v = 0; v < LINE_VECS; v++) sums[i].sum[v] = sums[i].lo[v] = zero;
     for (int64_t c = 0; c < whole; c += GROUP) FN(add_targets)(&sums[0], &sums[1], &sums[2], x + c, q + c, top);
@@ -184,14 +184,14 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     } else if (line.minuses) {
       for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
     }
-    if (softcap) { /* before the logits may be overwritten */
+    if (softcap && count > 1) { /* before the logits may be overwritten */
       FN(load_many)(slopes, logits + b * BLOCK * task->logits.classes, task->logits.classes, n, task->dtype);
-      FN(cap_slopes)(task, slopes, slopes, n);
+      FN(cap)(task, slopes, NULL, slopes, n);
     }
     if (count == 1) {
       FN(scale_terms)(slot->e, result, n, &line);
     } else {
-      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room);
+      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room, NULL);
       FN(write_block)(x, room, result, n, slot->row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->e));
     }
     if (at >= 0 && at < n) {
@@ -242,7 +242,7 @@ static int64_t FN(write_loss)(const struct pl_task *task, int64_t r, int64_t fir
     }
     mass.hi = weight ? weight[label] : 1;
     dot = FN(weigh_label)(spread->target, mass.hi, max);
-    if (grad) label_term = FN(term)(spread->target, max, t);
+    if (grad) label_term = task->classes <= BLOCK ? slot->e[label] : FN(term)(spread->target, max, t);
   } else {
     FN(dot_targets)(task, r, slot->x, max, slot, &dot, &mass);
   }

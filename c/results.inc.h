@@ -234,7 +234,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     REAL *result = FN(place)(&sink, b, room);
-    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room);
+    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room, NULL);
     if (log) {
       for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
     } else if (count == 1) {

@@ -178,9 +178,10 @@ static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t
   return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
 }
 
-/* softcap * tanh(x / (temperature * softcap)) of n logits; or its slope, but for the factor 1 / temperature. Larger arguments
- * are taken as 20, where tanh is 1. `result` may be x; it is written up to the end of the last vector. */
-INLINE void FN(cap_or_slope)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n, bool slopes)
+/* softcap * tanh(x / (temperature * softcap)) of n logits, and its slopes, but for the factor 1 / temperature: both where they
+ * are not NULL. Larger arguments are taken as 20, where tanh is 1. `capped` and `slopes` may be x, and are written up to the
+ * end of the last vector. */
+INLINE void FN(cap_each)(const struct pl_task *task, const REAL *x, REAL *capped, REAL *slopes, int64_t n)
 {
   const REAL softcap = (REAL)task->losses.softcap, temperature = (REAL)task->temperature, most = NUMBER_MAX;
   const REAL divisor = temperature * softcap, divisor_lo = FMA(temperature, softcap, -divisor);
@@ -197,19 +198,20 @@ INLINE void FN(cap_or_slope)(const struct pl_task *task, const REAL *x, REAL *re
     const VEC size = FN(vec_larger)(least, -FN(vec_larger)(logits, -logits)); /* the second, where it is a NaN */
     const VEC value = FN(vec_fill)(softcap) * FN(tanh)(FN(vec_fma)(size, by, size * by_lo), &slope);
     const VEC positive = FN(vec_unless_below)(value, logits, zero);
-    const VEC capped = positive - (value - positive);
-    FN(vec_store)(result + c, slopes ? slope : capped);
+    if (capped) FN(vec_store)(capped + c, positive - (value - positive));
+    if (slopes) FN(vec_store)(slopes + c, slope);
   }
 }
 
-static void FN(cap)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n)
+static void FN(cap)(const struct pl_task *task, const REAL *x, REAL *capped, REAL *slopes, int64_t n)
 {
-  FN(cap_or_slope)(task, x, result, n, false);
-}
-
-static void FN(cap_slopes)(const struct pl_task *task, const REAL *x, REAL *result, int64_t n)
-{
-  FN(cap_or_slope)(task, x, result, n, true);
+  if (!slopes) {
+    FN(cap_each)(task, x, capped, NULL, n);
+  } else if (!capped) {
+    FN(cap_each)(task, x, NULL, slopes, n);
+  } else {
+    FN(cap_each)(task, x, capped, slopes, n);
+  }
 }
 
 /* x where `where` is not 0, and `fill` elsewhere. */
@@ -233,9 +235,10 @@ static int64_t FN(count_classes)(const char *where, int64_t stride, int64_t n)
   return count;
 }
 
-/* Elements [first, first + n) of a row: where they lie, or converted and masked in `room`. */
+/* Elements [first, first + n) of a row: where they lie, or converted, capped and masked in `room`; and the slopes of the
+ * softcap, where they are wanted. */
 static const REAL *FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n,
-                             REAL *room)
+                             REAL *room, REAL *slopes)
 {
   const bool native = task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL);
   const bool softcap = task->losses.softcap;
@@ -243,7 +246,7 @@ static const REAL *FN(stage)(const struct pl_task *task, const char *row, const 
   if (native && !where && !softcap) return x;
   if (!native) FN(load_many)(room, (const char *)x, task->logits.classes, n, task->dtype);
   if (!native) x = room;
-  if (softcap) FN(cap)(task, x, room, n);
+  if (softcap) FN(cap)(task, x, room, slopes, n);
   if (softcap) x = room;
   if (where) FN(mask)(x, room, where + first * task->where.classes, task->where.classes, n, -INFINITY);
   return room;
@@ -745,7 +748,8 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
     const char *where = FN(row_at)(task, &task->where, r + i);
-    slots[i].x = FN(stage)(task, FN(row_at)(task, &task->logits, r + i), where, 0, n, slots[i].room);
+    slots[i].x =
+        FN(stage)(task, FN(row_at)(task, &task->logits, r + i), where, 0, n, slots[i].room, keep ? slots[i].other : NULL);
     max[i] = FN(maximum)(slots[i].x, n);
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
     to[i] = keep ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
@@ -771,7 +775,7 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
-    slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room);
+    slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
     FN(start)(task, b, max, t, next, next, slot);

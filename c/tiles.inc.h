@@ -492,7 +492,7 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
-    FN(cap_slopes)(task, slopes, slopes, size);
+    FN(cap)(task, slopes, NULL, slopes, size);
     for (int64_t i = 0; i < size; i++) x[i] *= slopes[i];
   }
   FN(mask_tile)(task, tile->r, tile->rows, x, 0);
@@ -541,7 +541,7 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
   }
   if (strips) FN(load_strips)(task, &task->logits, r, count, x);
   for (int64_t i = 0; i < count; i++) {
-    if (task->losses.softcap) FN(cap)(task, x[i], x[i], task->classes * LANES);
+    if (task->losses.softcap) FN(cap)(task, x[i], x[i], NULL, task->classes * LANES);
     FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
     FN(maximum_of_tile)(x[i], task->classes, tiles[i].max);
     if (loss) {
