@@ -44,8 +44,8 @@ TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half infinity nan lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi ln2_lo "
-    "exp_tail atanh_tail",
+    "zero one two half forty infinity nan most lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi "
+    "ln2_lo exp_tail atanh_tail",
 )
 
 
@@ -58,8 +58,10 @@ def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tai
         one=real(1),
         two=real(2),
         half=real(0.5),
+        forty=real(40),
         infinity=real(np.inf),
         nan=real(np.nan),
+        most=np.finfo(real).max,
         lanes=LINE_BYTES // np.dtype(real).itemsize,
         block=BLOCK_BYTES // np.dtype(real).itemsize,
         exp_lowest=real(exp_lowest),
@@ -83,7 +85,7 @@ _F32 = _constants(
     far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
     ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
-    exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
+    exp_tail="0x1.a12a34p-13 0x1.6d491p-10 0x1.1110ep-7 0x1.5554e4p-5 0x1.555556p-3 0.8p0",
     atanh_terms=5,
 )
 
@@ -100,6 +102,14 @@ _F64 = _constants(
     "0x1.111111110ff87p-7 0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
     atanh_terms=11,
 )
+
+# Of a cross entropy: c/api.cdef.h. A softcap of 0 is none.
+LossNumbers = namedtuple("LossNumbers", "label_smoothing z_loss softcap temperature scale scale_lo")
+# What a softcap does: see cap_of. What is summed over the classes beside exponentials, with mass and dot as pairs: see
+# spread_block. A loss and what its gradient is made from: see close_loss.
+Cap = namedtuple("Cap", "softcap inverse inverse_lo lowest")
+Spread = namedtuple("Spread", "target count mass dot")
+Loss = namedtuple("Loss", "value factor keep even")
 
 
 # ---- lines ----
@@ -605,6 +615,18 @@ def exp_scaled(hi, a, b, lo):
     return select(hi < k.exp_lowest, k.zero, value)
 
 
+@inlined
+def tanh(v):
+    """tanh(|x|) and its derivative, from v = -2 |x| in [-40, 0]."""
+    k = constants(v)
+    shifted = fma(v, k.log2_e, k.round_shift)
+    n, scale = shifted - k.round_shift, scale_of(shifted) * (k.one / k.exp_scale)
+    r = fma(n, -k.ln2_lo, fma(n, -k.ln2_hi, v))
+    p = fma(polynomial(r, k.exp_tail), r * r, r)
+    m, z = fma(scale, p, scale - k.one), fma(scale, p, scale)
+    return -m / (k.two + m), (k.two * k.two * z) / ((k.one + z) * (k.one + z))
+
+
 @helper
 def exp_pair(hi, lo):
     k = constants(hi)
@@ -646,6 +668,18 @@ def finite(value):
 def add_pairs(a_hi, a_lo, b_hi, b_lo):
     hi, lo = two_sum(a_hi, b_hi)
     return select(finite(hi), hi + (lo + (a_lo + b_lo)), hi)
+
+
+@inlined
+def plus(a, b):
+    hi, lo = two_sum(a[0], b[0])
+    return hi, lo + (a[1] + b[1])
+
+
+@inlined
+def times(a, b):
+    hi = a[0] * b[0]
+    return hi, fma(a[0], b[0], -hi) + fma(a[0], b[1], a[1] * b[0])
 
 
 @helper
@@ -714,6 +748,11 @@ def probability(e, f):
 
 
 @inlined
+def along(e, factor, minus):
+    return fma(e, factor[0], fma(e, factor[1], -minus))
+
+
+@inlined
 def log_probability(x, maximum, f, t):
     hi, lo = exponent(x, maximum, t[0], t[1])
     return add_pairs(hi, lo, -f[0], -f[1])
@@ -727,14 +766,15 @@ def log_sum(maximum, total, f, t):
     return select(finite(maximum), value, select(total == total, maximum, total))
 
 
-@helper
-def dense_loss(dot, dot_lo, labels, labels_lo, f):
-    mass = labels * f[0]
-    mass_lo = fma(labels, f[0], -mass) + (labels * f[1] + labels_lo * f[0])
-    return add_pairs(dot, dot_lo, mass, mass_lo)
+@inlined
+def dense_loss(dot, mass, f):
+    """From the sums of q (maximum - x) and q over the classes, as pairs."""
+    hi, lo = plus(dot, times(mass, f[:2]))
+    hi = hi + constants(hi).zero * f[0]
+    return select(finite(hi), hi + lo, hi)
 
 
-@helper
+@inlined
 def weigh(x, q, maximum):
     """q (maximum - x) as a pair; nothing where q is 0."""
     k = constants(x)
@@ -773,11 +813,13 @@ def load(x, row):
 
 @helper
 def fill_up(x, n):
-    """x[n:] zero up to whole groups."""
+    """x[n:] zero up to whole groups; returns their end."""
     k = constants(x[0])
     size = LINES * k.lanes
-    for c in range(n, (n + size - 1) // size * size):
+    end = (n + size - 1) // size * size
+    for c in range(n, end):
         x[c] = k.zero
+    return end
 
 
 @helper
@@ -817,6 +859,13 @@ def larger(a, b):
 @inlined
 def largest(a, b, c, d):
     return larger(larger(a, b), larger(c, d))
+
+
+@inlined
+def line_of(x, c):
+    """The line at x[c], or what there is of it."""
+    k = constants(x[0])
+    return line_at(x, c) if c + k.lanes <= x.size else part_at(x, c, x.size - c, k.zero)
 
 
 @helper
@@ -1013,12 +1062,17 @@ def join_blocks(blocks, t):
 
 
 @allocating
-def stage(logits, where, r, first, room):
-    """A block of a row: where it lies, or gathered and masked in `room`."""
+def stage(logits, where, r, first, room, cap=None):
+    """A block of a row: where it lies, or gathered, capped and masked in `room`."""
     row = block_of(logits, r, first)
-    if row.strides[0] == row.itemsize and where.shape[1] == 0:
+    as_it_is = row.strides[0] == row.itemsize and where.shape[1] == 0
+    if cap is not None:
+        as_it_is = as_it_is and cap.softcap == constants(room[0]).zero
+    if as_it_is:
         return packed(row)
     load(room, row)
+    if cap is not None and cap.softcap != constants(room[0]).zero:
+        cap_row(room, row.size, cap, False)
     mask(room, row.size, where, r, first, -constants(room[0]).infinity)
     return head(room, row.size)
 
@@ -1035,6 +1089,197 @@ def reduce_row(logits, where, r, end, room, e, blocks, t, keep):
         blocks[b, 1], blocks[b, 2] = reduce_block(x, e, maximum, t, keep, upcoming)
         blocks[b, 3] = k.zero
     return join_blocks(blocks, t)
+
+
+# ---- the rest of what a cross entropy is made from: c/rows.inc.h, c/loss.inc.h ----
+
+
+@helper
+def cap_of(numbers):
+    """2 / (temperature softcap) as a pair, and the least -|x| that is told apart: tanh(20) is 1."""
+    k = constants(numbers.softcap)
+    divisor = numbers.temperature * numbers.softcap
+    divisor_lo = fma(numbers.temperature, numbers.softcap, -divisor)
+    inverse, inverse_lo = k.most, k.zero
+    if k.two / divisor < k.most:
+        inverse = k.two / divisor
+        residual = fma(-divisor, inverse, k.two) - divisor_lo * inverse
+        if finite(residual):
+            inverse_lo = residual * inverse / k.two
+    return Cap(numbers.softcap, inverse, inverse_lo, -min(k.forty / inverse, k.most))
+
+
+@helper
+def cap_row(x, n, cap, slopes):
+    """softcap tanh(x / (temperature softcap)) in place of x, or its derivative but for 1 / temperature."""
+    k = constants(x[0])
+    for c in range(0, n, k.lanes):
+        logits = line_at(x, c)
+        size = larger(cap.lowest, -larger(logits, -logits))
+        value, slope = tanh(fma(size, cap.inverse, size * cap.inverse_lo))
+        value = cap.softcap * value
+        positive = select(logits < k.zero, k.zero, value)
+        put_line(x, c, slope if slopes else positive - (value - positive))
+
+
+@helper
+def weigh_classes(x, n, weight, first):
+    """n numbers times their class weights, if there are any."""
+    if weight.size:
+        lanes = constants(x[0]).lanes
+        for c in range(0, n, lanes):
+            put_line(x, c, line_at(x, c) * line_of(weight, first + c))
+
+
+@helper
+def spread_block(x, where, weight, smoothing, label, r, first, maximum, room):
+    """The label's logit; of the classes that are not masked out, how many there are, the sum of their weights, and that of
+    weight (maximum - x). Without smoothing, it is only whether there are any. `room` is lost."""
+    k = constants(maximum)
+    nothing = k.zero, k.zero
+    target = x[label - first] if first <= label < first + x.size else k.zero
+    if smoothing == k.zero and finite(maximum):
+        return Spread(target, k.one, nothing, nothing)
+    for c in range(x.size):
+        room[c] = k.one
+    mask(room, x.size, where, r, first, k.zero)
+    n = fill_up(room, x.size)
+    count, _ = sum_of(room, n)
+    if smoothing == k.zero:
+        return Spread(target, count, nothing, nothing)
+    weigh_classes(room, x.size, weight, first)
+    mass = sum_of(room, n)
+    origin = maximum if finite(maximum) else k.zero
+    for c in range(0, x.size, k.lanes):
+        w = line_at(room, c)
+        put_line(room, c, select(w == k.zero, k.zero, w * (origin - line_of(x, c))))
+    return Spread(target, count, mass, sum_of(room, n))
+
+
+@helper
+def keep_spread(spreads, b, spread):
+    spreads[b, 0], spreads[b, 1] = spread.target, spread.count
+    spreads[b, 2], spreads[b, 3] = spread.mass
+    spreads[b, 4], spreads[b, 5] = spread.dot
+
+
+@helper
+def spread_at(spreads, b):
+    mass, dot = (spreads[b, 2], spreads[b, 3]), (spreads[b, 4], spreads[b, 5])
+    return Spread(spreads[b, 0], spreads[b, 1], mass, dot)
+
+
+@helper
+def join_spreads(blocks, spreads, maximum):
+    """Step 4 for these: each block's distances are moved from its maximum to the row's."""
+    k = constants(maximum)
+    if len(blocks) == 1:
+        return spread_at(spreads, 0)
+    origin = maximum if finite(maximum) else k.zero
+    target, count, mass, dot = k.zero, k.zero, (k.zero, k.zero), (k.zero, k.zero)
+    for b in range(len(blocks)):
+        block = spread_at(spreads, b)
+        move = two_sum(origin, -blocks[b, 0] if finite(blocks[b, 0]) else k.zero)
+        dot = plus(dot, plus(block.dot, times(block.mass, move)))
+        mass = plus(mass, block.mass)
+        target += block.target
+        count += block.count
+    return Spread(target, count, mass, dot)
+
+
+@allocating
+def targets_at(probabilities, where, weight, r, first, room):
+    """A block of targets times class weights, 0 where masked out: where it lies, or made in `room`."""
+    row = block_of(probabilities, r, first)
+    if row.strides[0] == row.itemsize and where.shape[1] == 0 and weight.size == 0:
+        return packed(row)
+    load(room, row)
+    weigh_classes(room, row.size, weight, first)
+    mask(room, row.size, where, r, first, constants(room[0]).zero)
+    return head(room, row.size)
+
+
+@inlined
+def add_line(lanes, line):
+    s, lo = two_sum(lanes[0], line)
+    return s, lanes[1] + lo
+
+
+@inlined
+def add_targets(mass, dot, low, maximum, x, q):
+    """A group's q, q (maximum - x), and what those products' rounding left, added to the lanes."""
+    a, a_lo = weigh(x[0], q[0], maximum)
+    b, b_lo = weigh(x[1], q[1], maximum)
+    c, c_lo = weigh(x[2], q[2], maximum)
+    d, d_lo = weigh(x[3], q[3], maximum)
+    mass = add_line(mass, (q[0] + q[1]) + (q[2] + q[3]))
+    return mass, add_line(dot, (a + b) + (c + d)), add_line(low, (a_lo + b_lo) + (c_lo + d_lo))
+
+
+@inlined
+def group_at(x, i):
+    lanes = constants(x[0]).lanes
+    return line_at(x, i), line_at(x, i + lanes), line_at(x, i + 2 * lanes), line_at(x, i + 3 * lanes)
+
+
+@inlined
+def group_part_at(x, i, rest):
+    lanes, left = constants(x[0]).lanes, x.size - i
+    a, b = part_at(x, i, left, rest), part_at(x, i + lanes, left - lanes, rest)
+    return a, b, part_at(x, i + 2 * lanes, left - 2 * lanes, rest), part_at(x, i + 3 * lanes, left - 3 * lanes, rest)
+
+
+@helper
+def weigh_block(x, q, maximum):
+    """The sums over a block of q (maximum - x) and q, as pairs."""
+    k = constants(maximum)
+    mass = every_lane(k.zero), every_lane(k.zero)
+    dot, low = mass, mass
+    group = LINES * k.lanes
+    whole = x.size // group * group
+    for c in range(0, whole, group):
+        mass, dot, low = add_targets(mass, dot, low, maximum, group_at(x, c), group_at(q, c))
+    if whole < x.size:
+        parts = group_part_at(x, whole, k.zero), group_part_at(q, whole, k.zero)
+        mass, dot, low = add_targets(mass, dot, low, maximum, parts[0], parts[1])
+    hi, lo = sum_of_lanes(dot[0], dot[1])
+    return (hi, lo + sum_of_lanes(low[0], low[1])[0]), sum_of_lanes(mass[0], mass[1])
+
+
+@allocating
+def dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q):
+    """The same over a row; `staged` is its block, if it has one only."""
+    k = constants(maximum)
+    dot = mass = k.zero, k.zero
+    for first in range(0, logits.shape[1], k.block):
+        if logits.shape[1] > k.block:
+            staged = stage(logits, where, r, first, x, cap)
+        part_dot, part_mass = weigh_block(staged, targets_at(probabilities, where, weight, r, first, q), maximum)
+        dot, mass = plus(dot, part_dot), plus(mass, part_mass)
+    return dot, mass
+
+
+@helper
+def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_grad):
+    """The loss, and for its gradient the factor of the terms, and those of q and of each class's weight in minus."""
+    k = constants(maximum)
+    log1p = f[:2]
+    keep, even = (k.one - numbers.label_smoothing, k.zero), (numbers.label_smoothing / spread.count, k.zero)
+    loss, slope = plus(times(dot, t), times(mass, log1p)), times(keep, mass)
+    # where keep is 0, an infinite loss counts for nothing
+    loss = times(keep, loss) if keep[0] != k.zero else (k.zero, k.zero)
+    if even[0] != k.zero:
+        loss = plus(loss, times(even, plus(times(spread.dot, t), times(spread.mass, log1p))))
+        slope = plus(slope, times(even, spread.mass))
+    if numbers.z_loss != k.zero:
+        log_sum = plus(times((maximum, k.zero), t), log1p)
+        product = times((numbers.z_loss, k.zero), log_sum)
+        loss, slope = plus(loss, times(product, log_sum)), plus(slope, times((k.two, k.zero), product))
+    hi, lo = times((loss[0] + k.zero * f[0], loss[1]), (sample_weight, k.zero))  # a NaN shows even where nothing counts
+    outer = times(times((numbers.scale, numbers.scale_lo), (sample_weight, k.zero)), (loss_grad, k.zero))
+    main, rest = times(outer, keep), times(outer, even)
+    factor = times(times(outer, slope), f[2:])
+    return Loss(hi + lo if finite(hi) else hi, factor, main[0] + main[1], rest[0] + rest[1])
 
 
 @allocating
@@ -1192,26 +1437,47 @@ def store_line(out, line, r, rows):
 # ---- the operations, on rows begin to end ----
 
 
+@inlined
+def minus_at(minuses, c, zero):
+    if minuses is None:
+        return every_lane(zero)
+    return line_at(minuses, c)
+
+
 @helper
-def scale_terms(e, f, result):
-    """Probabilities from the terms that reduce_block kept."""
-    lanes = constants(e[0]).lanes
-    whole = result.size // lanes * lanes
-    for c in range(0, whole, lanes):
-        put_line(result, c, probability(line_at(e, c), f))
+def scale_terms(e, factor, minuses, result):
+    """Results factor * e - minus from the terms that reduce_block kept; `minuses` is None for zeros."""
+    k = constants(e[0])
+    whole = result.size // k.lanes * k.lanes
+    for c in range(0, whole, k.lanes):
+        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, k.zero)))
     if whole < result.size:
-        put_part(result, whole, result.size - whole, probability(line_at(e, whole), f))
+        line = along(line_at(e, whole), factor, minus_at(minuses, whole, k.zero))
+        put_part(result, whole, result.size - whole, line)
 
 
 @helper
-def write_probabilities(x, maximum, f, t, result):
+def write_near_terms(x, maximum, t, factor, minuses, result):
     k = constants(maximum)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, probability(terms(line_at(x, c), maximum, t), f))
+        put_line(result, c, along(terms(line_at(x, c), maximum, t), factor, minus_at(minuses, c, k.zero)))
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        put_part(result, whole, x.size - whole, probability(terms(part, maximum, t), f))
+        line = along(terms(part, maximum, t), factor, minus_at(minuses, whole, k.zero))
+        put_part(result, whole, x.size - whole, line)
+
+
+@helper
+def write_terms(x, room, maximum, t, factor, minuses, result):
+    """The same from logits."""
+    if not is_plain(t):
+        write_near_terms(x, maximum, t, factor, minuses, result)
+    elif is_far(maximum, t):
+        come_near(x, maximum, room)
+        write_near_terms(head(room, x.size), maximum - maximum, None, factor, minuses, result)
+    else:
+        write_near_terms(x, maximum, None, factor, minuses, result)
 
 
 @helper
@@ -1223,20 +1489,6 @@ def write_log_probabilities(x, maximum, f, t, result):
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
         put_part(result, whole, x.size - whole, log_probability(part, maximum, f, t))
-
-
-@helper
-def write_row(x, room, maximum, f, t, log, result):
-    """Probabilities, or their logarithms, from logits."""
-    if log:
-        write_log_probabilities(x, maximum, f, t, result)
-    elif not is_plain(t):
-        write_probabilities(x, maximum, f, t, result)
-    elif is_far(maximum, t):
-        come_near(x, maximum, room)
-        write_probabilities(head(room, x.size), maximum - maximum, f, None, result)
-    else:
-        write_probabilities(x, maximum, f, None, result)
 
 
 @allocating
@@ -1271,9 +1523,11 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             direct = target.strides[0] == target.itemsize
             result = packed(target) if direct else head(x, target.size)
             if keep:
-                scale_terms(e, f, result)
+                scale_terms(e, f[2:], None, result)
+            elif log:
+                write_log_probabilities(stage(logits, where, r, first, x), maximum, f, t, result)
             else:
-                write_row(stage(logits, where, r, first, x), e, maximum, f, t, log, result)
+                write_terms(stage(logits, where, r, first, x), e, maximum, t, f[2:], None, result)
             mask(result, target.size, where, r, first, masked)
             if not direct:
                 store(target, x)
@@ -1360,33 +1614,159 @@ def dense_rows(logits, where, labels, out, begin, end):
                 put_line(e, c, product_lo)
             dot, dot_lo = sum_tile(x, classes)
             low, _ = sum_tile(e, classes)
-            store_line(out, dense_loss(dot, dot_lo + low, mass, mass_lo, f), r, rows)
+            store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
-    blocks = block_room(logits)
+    blocks, weight = block_room(logits), head(x, 0)
     for r in range(begin, end):
         i, j = position(r, inner)
         maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        staged = stage(logits, where, r, 0, x)
+        dot, mass = dot_targets(logits, where, labels, weight, None, r, maximum, staged, x, e)
+        out[i, j] = dense_loss(dot, mass, finish_row(maximum, total, total_lo))
+
+
+@allocating
+def write_slopes(logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, e, q, slopes, grad):
+    """The gradient of a row. Its terms are in e, if it has one block only."""
+    k = constants(maximum)
+    cap = cap_of(numbers)
+    soft = probabilities.shape[1] != 0
+    weighted = weight.size != 0 and (soft or loss.even != k.zero)
+    for first in range(0, logits.shape[1], k.block):
+        target = block_of(grad, r, first)
+        n = target.size
+        direct = target.strides[0] == target.itemsize
+        result = packed(target) if direct else head(x, n)
+        targets = targets_at(probabilities, where, weight, r, first, q) if soft else head(q, n)
+        for c in range(0, n, k.lanes):
+            minus = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
+            put_line(q, c, fma(line_of(targets, c), loss.keep, minus) if soft else minus)
+        if numbers.softcap != k.zero:  # before the logits may be overwritten
+            load(slopes, block_of(logits, r, first))
+            cap_row(slopes, n, cap, True)
+        if logits.shape[1] > k.block:
+            write_terms(stage(logits, where, r, first, x, cap), e, maximum, t, loss.factor, q, result)
+        else:
+            scale_terms(e, loss.factor, q, result)
+        if first <= label < first + n:
+            of_label = weight[label] if weight.size else k.one
+            minus = fma(of_label, loss.keep, of_label * loss.even)
+            result[label - first] = along(term(spread.target, maximum, t), loss.factor, minus)
+        if numbers.softcap != k.zero:
+            for c in range(n):
+                result[c] *= slopes[c]
+        mask(result, n, where, r, first, k.zero)
+        if not direct:
+            store(target, x)
+
+
+@helper
+def is_ignored(label, ignored):
+    return ignored.size != 0 and label == ignored[0]
+
+
+@allocating
+def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, begin, end):
+    """A cross entropy with all options, and, where `grad` has classes, its gradient; arrays without elements stand for none."""
+    logits, where, probabilities, labels = borrowed(logits), borrowed(where), borrowed(probabilities), borrowed(labels)
+    weight, grad, out = borrowed(weight), borrowed(grad), borrowed(out)
+    k = constants(numbers.softcap)
+    cap = cap_of(numbers)
+    t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
+    x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    classes, inner = logits.shape[1], logits.shape[2]
+    blocks = block_room(logits)
+    spreads = np.empty((len(blocks), 6), logits.dtype)
+    keep = grad.size != 0 and len(blocks) == 1
+    for r in range(begin, end):
+        i, j = position(r, inner)
+        label = labels[i, j] if labels.size else -1
+        staged = x
+        for b in range(len(blocks)):
+            staged = stage(logits, where, r, b * k.block, x, cap)
+            maximum = maximum_of(staged)
+            spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, b * k.block, maximum, q)
+            keep_spread(spreads, b, spread)
+            upcoming = next_block(logits, r, b * k.block, end, staged)
+            blocks[b, 0] = maximum
+            blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, keep, upcoming)
+            blocks[b, 3] = k.zero
+        maximum, total, total_lo, _ = join_blocks(blocks, t)
+        spread = join_spreads(blocks, spreads, maximum)
+        if spread.count == k.zero or (labels.size and is_ignored(label, ignored)):
+            out[i, j] = k.zero
+            if grad.size:
+                for c in range(classes):
+                    grad[i, c, j] = k.zero
+            continue
+        if labels.size and not 0 <= label < classes:
+            out[i, j] = k.nan
+            continue
         f = finish_row(maximum, total, total_lo)
-        dot, dot_lo, mass, mass_lo = k.zero, k.zero, k.zero, k.zero
+        if labels.size:
+            mass = (weight[label] if weight.size else k.one), k.zero
+            dot = weigh(spread.target, mass[0], maximum)
+        else:
+            dot, mass = dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q)
+        of_row = (sample_weight[i, j] if sample_weight.size else k.one), (loss_grad[i, j] if loss_grad.size else k.one)
+        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
+        out[i, j] = loss.value
+        if grad.size:
+            write_slopes(
+                logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, e, q, slopes, grad
+            )
+
+
+@allocating
+def backward_rows(results, grad, log, out, begin, end):
+    """From what softmax or log_softmax gave, p (g - sum(g p)) or g - exp(log p) sum(g)."""
+    results, grad, out = borrowed(results), borrowed(grad), borrowed(out)
+    k = constants(out[0, 0, 0])
+    p, g = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
+    product, low = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
+    classes = results.shape[1]
+    for r in range(begin, end):
+        total = k.zero, k.zero
         for first in range(0, classes, k.block):
-            staged = stage(logits, where, r, first, x)
-            n = (staged.size + GROUP_BYTES // logits.itemsize - 1) // (LINES * k.lanes) * (LINES * k.lanes)
-            load(e, block_of(labels, r, first))
-            fill_up(e, staged.size)
-            copy(x, staged, staged.size)
-            fill_up(x, staged.size)
-            part, part_lo = sum_of(e, n)
-            mass, lo = two_sum(mass, part)
-            mass_lo += lo + part_lo
-            for c in range(0, n, k.lanes):
-                product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
-                put_line(x, c, product)
-                put_line(e, c, product_lo)
-            part, part_lo = sum_of(x, n)
-            part_lo += sum_of(e, n)[0]
-            dot, lo = two_sum(dot, part)
-            dot_lo += (lo if finite(dot) else k.zero) + part_lo
-        out[i, j] = dense_loss(dot, dot_lo, mass, mass_lo, f)
+            n = load_block(p, results, r, first)
+            load_block(g, grad, r, first)
+            if log:
+                part = sum_of(g, n)
+            else:
+                for c in range(n):
+                    product[c] = g[c] * p[c]
+                    low[c] = fma(g[c], p[c], -product[c])
+                hi, lo = sum_of(product, n)
+                part = hi, lo + sum_of(low, n)[0]
+            total = plus(total, part)
+        for first in range(0, classes, k.block):
+            if classes > k.block:
+                load_block(p, results, r, first)
+                load_block(g, grad, r, first)
+            target = block_of(out, r, first)
+            for c in range(0, target.size, k.lanes):
+                put_line(p, c, slope_of(log, line_at(p, c), line_at(g, c), total))
+            store(target, p)
+
+
+@helper
+def load_block(x, array, r, first):
+    """A block of a row, filled up to whole groups; returns their end."""
+    row = block_of(array, r, first)
+    load(x, row)
+    return fill_up(x, row.size)
+
+
+@inlined
+def slope_of(log, p, g, total):
+    k = constants(p)
+    if log:
+        p = exp_scaled(p, p, k.zero, k.zero)
+        unscale = -k.one / k.exp_scale
+        return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
+    hi, lo = two_sum(g, -total[0])
+    return p * (hi + (lo - total[1]))
 
 
 @helper
@@ -1475,13 +1855,14 @@ def score_rows(
 
 
 @helper
-def first_outside(labels, classes):
-    """The flat index of the first label outside [0, classes), or -1."""
+def first_outside(labels, classes, ignored):
+    """The flat index of the first label outside [0, classes), and not ignored, or -1."""
     n = 0
     for i in range(labels.shape[0]):
         for pick in range(labels.shape[1]):
             for j in range(labels.shape[2]):
-                if not 0 <= labels[i, pick, j] < classes:
+                label = labels[i, pick, j]
+                if not (0 <= label < classes or is_ignored(label, ignored)):
                     return n
                 n += 1
     return -1
@@ -1503,7 +1884,7 @@ def logsumexp_pieces(logits, where, temperature, out, pieces, piece):
 
 
 def pick_pieces(logits, where, indices, temperature, loss, out, pieces, piece):
-    bad = first_outside(indices, logits.shape[1])
+    bad = first_outside(indices, logits.shape[1], np.empty(0, np.int64))
     if bad == -1:
         for p in prange(pieces):
             pick_rows(
@@ -1524,6 +1905,35 @@ def dense_pieces(logits, where, labels, out, pieces, piece):
         dense_rows(logits, where, labels, out, p * piece, piece_end(logits, p * piece, piece))
 
 
+def loss_pieces(
+    logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, pieces, piece
+):
+    bad = first_outside(np.expand_dims(labels, 1), logits.shape[1], ignored)
+    if bad == -1:
+        for p in prange(pieces):
+            loss_rows(
+                logits,
+                where,
+                probabilities,
+                labels,
+                ignored,
+                weight,
+                sample_weight,
+                loss_grad,
+                numbers,
+                grad,
+                out,
+                p * piece,
+                piece_end(logits, p * piece, piece),
+            )
+    return bad
+
+
+def backward_pieces(results, grad, log, out, pieces, piece):
+    for p in prange(pieces):
+        backward_rows(results, grad, log, out, p * piece, piece_end(results, p * piece, piece))
+
+
 def score_pieces(
     logits,
     where,
@@ -1540,7 +1950,7 @@ def score_pieces(
     pieces,
     piece,
 ):
-    bad = first_outside(np.expand_dims(labels, 1), logits.shape[1])
+    bad = first_outside(np.expand_dims(labels, 1), logits.shape[1], np.empty(0, np.int64))
     if bad == -1:
         for p in prange(pieces):
             score_rows(
@@ -1618,6 +2028,22 @@ def _signature(function, real):
         logsumexp_pieces: (full, where, real, per_row, count, count),
         pick_pieces: (full, where, labels, real, flag, full, count, count),
         dense_pieces: (full, where, full, per_row, count, count),
+        loss_pieces: (
+            full,
+            where,
+            full,
+            label,
+            types.Array(types.int64, 1, "C"),
+            types.Array(real, 1, "C"),
+            per_row,
+            per_row,
+            types.NamedUniTuple(real, len(LossNumbers._fields), LossNumbers),
+            full,
+            per_row,
+            count,
+            count,
+        ),
+        backward_pieces: (full, full, flag, full, count, count),
         score_pieces: (
             full,
             where,
@@ -1712,6 +2138,39 @@ def softmax_cross_entropy_with_logits(logits, labels, out, threads):
 
 def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
     return _run(pick_pieces, threads, logits, _where(None, logits), labels[:, None], 1.0, True, out[:, None])
+
+
+def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad, grad, out, options, threads):
+    absent = where, sample_weight, grad, options.weight, options.ignore_index, options.softcap
+    if labels is not None and all(option is None for option in absent) and options.label_smoothing == options.z_loss == 0:
+        # without options, the kernel that is made for it, with the same bits
+        where, labels, out = _where(None, logits), labels[:, None], out[:, None]
+        return _run(pick_pieces, threads, logits, where, labels, options.temperature, True, out)
+    no_classes, no_rows = np.empty((logits.shape[0], 0, logits.shape[2]), logits.dtype), np.empty((0, 0), logits.dtype)
+    ignored = [] if options.ignore_index is None else [options.ignore_index]
+    return _run(
+        loss_pieces,
+        threads,
+        logits,
+        _where(where, logits),
+        no_classes if probabilities is None else probabilities,
+        np.empty((0, 0), np.int64) if labels is None else labels,
+        np.array(ignored, np.int64),
+        np.ascontiguousarray([] if options.weight is None else options.weight, logits.dtype),
+        no_rows if sample_weight is None else sample_weight,
+        no_rows if loss_grad is None else loss_grad,
+        LossNumbers(options.label_smoothing, options.z_loss, options.softcap or 0.0, options.temperature, *options.scale),
+        no_classes if grad is None else grad,
+        out,
+    )
+
+
+def softmax_backward(probs, grad, out, threads):
+    _run(backward_pieces, threads, probs, grad, False, out)
+
+
+def log_softmax_backward(log_probs, grad, out, threads):
+    _run(backward_pieces, threads, log_probs, grad, True, out)
 
 
 def score(logits, targets, temperature, scores, threads):

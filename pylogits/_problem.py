@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 
-from pylogits import _dispatch, _reference, _rows
+from pylogits import _dispatch, _rows
 from pylogits._reference import LossOptions
 from pylogits._rows import Array
 
@@ -122,7 +122,7 @@ class Problem(NamedTuple):
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> Any:
             labels, sample_weight, loss_grad, *grads, losses = rest
             grad = grads[0] if grads else None
-            return getattr(module, "cross_entropy", _reference.cross_entropy)(
+            return module.cross_entropy(
                 logits, where, probabilities, labels, sample_weight, loss_grad, grad, losses, self.options, threads
             )
 
@@ -182,12 +182,11 @@ def check_problem(
     if given.shape != (rows if hard else shape):
         kind, wanted = ("class numbers", rows) if hard else ("probabilities", shape)
         raise ValueError(f"targets that are {kind} must have shape {wanted} for logits of shape {shape}, not {given.shape}")
-    above_zero = np.nextafter(real.type(0), real.type(1))
     options = LossOptions(
         weight=None if weight is None else _check_weight(weight, classes, real),
-        label_smoothing=_check_real(label_smoothing, "label_smoothing", real, least=0, most=1),
-        z_loss=_check_real(z_loss, "z_loss", real),
-        softcap=None if softcap is None else _check_real(softcap, "softcap", real, least=above_zero),
+        label_smoothing=_rows.check_real(label_smoothing, "label_smoothing", real, "in [0, 1]"),
+        z_loss=_rows.check_real(z_loss, "z_loss", real),
+        softcap=None if softcap is None else _rows.check_real(softcap, "softcap", real, "positive and finite"),
         temperature=_rows.check_temperature(temperature, dtype),
     )
     ignored = None if ignore_index is None else _check_ignore_index(ignore_index, given, hard)
@@ -299,18 +298,6 @@ def _raise_bad_label(problem: Problem, classes: int) -> NoReturn:
     index = tuple(int(i) for i in np.argwhere(bad)[0])
     place = f" at index {index}" if index else ""
     raise ValueError(f"target {targets[index]}{place} {complaint}")
-
-
-def _check_real(value: Any, name: str, dtype: np.dtype[Any], least: Any = -math.inf, most: Any = math.inf) -> float:
-    """A finite number within bounds, rounded to a dtype."""
-    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
-        raise TypeError(f"{name} must be a real number, not {value!r}")
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = float(dtype.type(value)) if abs(value) <= np.finfo(dtype).max else math.inf
-    if not (math.isfinite(rounded) and least <= rounded <= most and least <= value <= most):
-        bounds = "finite" if least == -math.inf else "positive and finite" if most == math.inf else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")
-    return rounded
 
 
 def _check_rows(values: Any, name: str, shape: tuple[int, ...]) -> Array:

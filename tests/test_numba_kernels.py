@@ -12,6 +12,8 @@ pytest.importorskip("numba")
 from numba import float32, njit
 from pylogits.kernels import cpu
 
+from pylogits._reference import LossOptions
+
 SHAPES = [
     (1, 1, 1),
     (33, 10, 1),
@@ -97,6 +99,73 @@ def test_bits_of_c(shape, kind, dtype):
     logits = draw(shape, dtype, kind)
     expected = everything(simd, logits, threads=1)
     same_bits(everything(cpu, logits, threads=1), expected)
+
+
+OPTIONS = {
+    "softcap": {"softcap": 5.0, "temperature": 0.7},
+    "smoothing": {"label_smoothing": 0.1, "z_loss": 0.01},
+    "one": {"label_smoothing": 1.0},
+    "weight": {"weight": True},
+    "ignore": {"ignore_index": 0},
+    "all": {"weight": True, "softcap": 1e30, "temperature": 3.0, "label_smoothing": 0.01, "z_loss": -1.0, "scale": (0.3, 0.0)},
+}
+
+
+def losses_and_slopes(backend, logits, options, threads=1):
+    """Return the losses and gradients of these logits, from labels and from probabilities, with a mask and without."""
+    rng = np.random.default_rng(1)
+    shape, dtype = logits.shape, logits.dtype
+    rows = shape[0], shape[2]
+    options = dict(options)
+    if "weight" in options:
+        options["weight"] = rng.standard_normal(shape[1]).astype(dtype)
+    options = LossOptions(**options)
+    labels = rng.integers(shape[1], size=rows)
+    soft = rng.random(shape).astype(dtype) * (rng.random(shape) < 0.5)
+    where = rng.random(shape) < 0.7
+    np.put_along_axis(where, labels[:, None], True, axis=1)
+    where[-1] = False
+    per_row = rng.random(rows).astype(dtype), -rng.random(rows).astype(dtype)
+    results = {}
+    for hard in (True, False) if options.ignore_index is None else (True,):
+        targets = (None, labels) if hard else (soft, None)
+        for mask, weights in ((None, per_row), (where, (None, None)), (None, (None, None))):
+            for kind in ("value", "grad", "in place"):
+                x, out = logits.copy(order="K"), np.empty(rows, dtype)
+                grad = {"value": None, "grad": np.empty(shape, dtype), "in place": x}[kind]
+                assert backend.cross_entropy(x, mask, *targets, *weights, grad, out, options, threads) == -1
+                name = hard, mask is None, weights[0] is None, kind
+                results[name] = out
+                if grad is not None:
+                    results[*name, "slopes"] = grad
+    return results
+
+
+# Fewer rows than C takes by the tile
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["normal", "special", "strided"])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 33, 1), (1, 129, 3), (3, 1000, 1), (2, 4096, 1), (1, 9001, 2)], ids=str)
+def test_losses_of_c(shape, kind, options, dtype):
+    simd = pytest.importorskip("pylogits._simd")
+    logits = draw(shape, dtype, kind)
+    expected = losses_and_slopes(simd, logits, options)
+    same_bits(losses_and_slopes(cpu, logits, options), expected)
+    same_bits(losses_and_slopes(cpu, logits, options, threads=2), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_slopes_of_c(shape, dtype):
+    simd = pytest.importorskip("pylogits._simd")
+    logits, grad = draw(shape, dtype, "normal"), draw(shape, dtype, "strided")
+    for name in ("softmax", "log_softmax"):
+        forward = np.empty_like(logits)
+        getattr(simd, name)(logits, None, 1.0, forward, 1)
+        expected = np.empty_like(logits)
+        getattr(simd, name + "_backward")(forward, grad, expected, 1)
+        for threads in (1, 2):
+            out = forward.copy()
+            getattr(cpu, name + "_backward")(out, grad, out, threads)
+            same_bits({name: out}, {name: expected})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
