@@ -6,15 +6,6 @@ static inline bool FN(is_backward)(const struct pl_task *task)
   return task->operation == PL_SOFTMAX_BACKWARD || task->operation == PL_LOG_SOFTMAX_BACKWARD;
 }
 
-/* g p, and in low the product's rounding error. */
-static void FN(multiply)(const REAL *p, const REAL *g, REAL *product, REAL *low, int64_t n)
-{
-  for (int64_t c = 0; c < n; c++) {
-    product[c] = g[c] * p[c];
-    low[c] = FMA(g[c], p[c], -product[c]);
-  }
-}
-
 INLINE VEC FN(softmax_slope)(VEC p, VEC g, VEC sum, VEC sum_lo)
 {
   VEC lo;
@@ -29,45 +20,108 @@ INLINE VEC FN(log_softmax_slope)(VEC log_p, VEC g, VEC sum, VEC sum_lo)
   return FN(vec_fma)(p, sum * unscale, FN(vec_fma)(p, sum_lo * unscale, g));
 }
 
-/* The slopes of n elements in place of p, up to the end of the last vector. */
-static void FN(slope_block)(bool log, REAL *p, const REAL *g, int64_t n, struct FN(pair) sum)
+/* Without the low part of a sum that is not finite: it is a NaN. */
+static inline struct FN(pair) FN(usable)(struct FN(pair) sum)
 {
-  const VEC hi = FN(vec_fill)(sum.hi), lo = FN(vec_fill)(sum.lo);
-  for (int64_t c = 0; c < n; c += VEC_LANES) {
-    const VEC at = FN(vec_load)(p + c), grad = FN(vec_load)(g + c);
-    FN(vec_store)(p + c, log ? FN(log_softmax_slope)(at, grad, hi, lo) : FN(softmax_slope)(at, grad, hi, lo));
+  return (struct FN(pair)){sum.hi, FN(finite)(sum.hi) ? sum.lo : 0};
+}
+
+/* g p and the products' rounding errors, or g, are added lane by lane. */
+INLINE void FN(add_products)(struct FN(lanes) * dot, struct FN(lanes) * low, const REAL *p, const REAL *g, bool log)
+{
+  EACH_VEC(v)
+  {
+    VEC product[LINES_PER_GROUP], error[LINES_PER_GROUP];
+    for (int i = 0; i < LINES_PER_GROUP; i++) {
+      const VEC grad = FN(vec_load)(g + i * LANES + v);
+      const VEC at = log ? FN(vec_fill)(1) : FN(vec_load)(p + i * LANES + v);
+      product[i] = grad * at;
+      error[i] = FN(vec_fma)(grad, at, -product[i]);
+    }
+    FN(add_line)(dot, v / VEC_LANES, (product[0] + product[1]) + (product[2] + product[3]));
+    if (!log) FN(add_line)(low, v / VEC_LANES, (error[0] + error[1]) + (error[2] + error[3]));
   }
 }
 
-static void FN(backward_row)(const struct pl_task *task, int64_t r, REAL *p, REAL *g, REAL *product, REAL *low)
+INLINE struct FN(pair) FN(sum_block)(const REAL *p, const REAL *g, int64_t n, bool log)
+{
+  const VEC zero = FN(vec_fill)(0);
+  const int64_t whole = n / GROUP * GROUP;
+  struct FN(lanes) dot, low;
+  struct FN(pair) sum;
+  for (int v = 0; v < LINE_VECS; v++) dot.sum[v] = dot.lo[v] = low.sum[v] = low.lo[v] = zero;
+  for (int64_t c = 0; c < whole; c += GROUP) FN(add_products)(&dot, &low, p + c, g + c, log);
+  if (whole < n) {
+    REAL p_tail[GROUP], g_tail[GROUP];
+    FN(pad)(p_tail, p + whole, n - whole, zero);
+    FN(pad)(g_tail, g + whole, n - whole, zero);
+    FN(add_products)(&dot, &low, p_tail, g_tail, log);
+  }
+  sum.hi = FN(join_lanes)(&dot, &sum.lo);
+  if (!log) {
+    REAL low_lo;
+    sum.lo += FN(join_lanes)(&low, &low_lo);
+  }
+  return sum;
+}
+
+INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t n, struct FN(pair) sum, bool log)
+{
+  const VEC hi = FN(vec_fill)(sum.hi), lo = FN(vec_fill)(sum.lo), zero = FN(vec_fill)(0);
+  int64_t c = 0;
+  for (; c + VEC_LANES <= n; c += VEC_LANES) {
+    const VEC at = FN(vec_load)(p + c), grad = FN(vec_load)(g + c);
+    FN(vec_store)(result + c, log ? FN(log_softmax_slope)(at, grad, hi, lo) : FN(softmax_slope)(at, grad, hi, lo));
+  }
+  if (c < n) {
+    const VEC at = FN(vec_load_part)(p + c, n - c, zero), grad = FN(vec_load_part)(g + c, n - c, zero);
+    const VEC slope = log ? FN(log_softmax_slope)(at, grad, hi, lo) : FN(softmax_slope)(at, grad, hi, lo);
+    FN(vec_store_part)(result + c, n - c, slope);
+  }
+}
+
+/* n elements of a row from `first` on: where they lie, or converted in `room`. */
+static const REAL *FN(elements)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t first, int64_t n,
+                                REAL *room)
+{
+  const char *at = FN(row_at)(task, view, r) + first * view->classes;
+  if (task->dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL)) return (const REAL *)(const void *)at;
+  FN(load_many)(room, at, view->classes, n, task->dtype);
+  return room;
+}
+
+static void FN(backward_row)(const struct pl_task *task, int64_t r, REAL *p_room, REAL *g_room)
 {
   const bool log = task->operation == PL_LOG_SOFTMAX_BACKWARD;
-  const int64_t count = FN(block_count)(task);
-  const struct pl_view *result = &task->logits, *grad = &task->grad;
-  const char *p_row = FN(row_at)(task, result, r), *g_row = FN(row_at)(task, grad, r);
-  char *out = FN(row_at)(task, &task->out, r);
-  struct FN(pair) sum = {0, 0}, part;
-  for (int64_t pass = 0; pass < 2; pass++) {
-    for (int64_t b = 0; b < count; b++) {
-      const int64_t first = b * BLOCK, n = FN(block_length)(task, b), groups = ROUND_UP(n, GROUP);
-      if (pass == 0 || count > 1) {
-        FN(load_many)(p, p_row + first * result->classes, result->classes, n, task->dtype);
-        FN(load_many)(g, g_row + first * grad->classes, grad->classes, n, task->dtype);
-        for (int64_t c = n; c < groups; c++) p[c] = g[c] = 0;
-      }
-      if (pass == 0) {
-        if (!log) FN(multiply)(p, g, product, low, groups);
-        part.hi = FN(sum)(log ? g : product, groups, &part.lo);
-        if (!log) {
-          REAL low_lo;
-          part.lo += FN(sum)(low, groups, &low_lo);
-        }
-        sum = FN(plus)(sum, part);
-      } else {
-        FN(slope_block)(log, p, g, n, sum);
-        FN(store_many)(out + first * task->out.classes, p, task->out.classes, n, task->out_dtype);
-      }
+  const struct FN(sink) sink = FN(sink_at)(task, r);
+  struct FN(pair) sum = {0, 0};
+  for (int64_t b = 0; b < FN(block_count)(task); b++) {
+    const int64_t first = b * BLOCK, n = FN(block_length)(task, b);
+    const REAL *p = FN(elements)(task, &task->logits, r, first, n, p_room);
+    const REAL *g = FN(elements)(task, &task->grad, r, first, n, g_room);
+    sum = FN(plus)(sum, log ? FN(sum_block)(p, g, n, true) : FN(sum_block)(p, g, n, false));
+  }
+  sum = FN(usable)(sum);
+  for (int64_t b = 0; b < FN(block_count)(task); b++) {
+    const int64_t first = b * BLOCK, n = FN(block_length)(task, b);
+    const REAL *p = FN(elements)(task, &task->logits, r, first, n, p_room);
+    const REAL *g = FN(elements)(task, &task->grad, r, first, n, g_room);
+    REAL *result = FN(place)(&sink, b, p_room);
+    if (log) {
+      FN(slope_block)(p, g, result, n, sum, true);
+    } else {
+      FN(slope_block)(p, g, result, n, sum, false);
     }
+    FN(put)(&sink, b, p_room, n);
+  }
+}
+
+/* g p, and in low the product's rounding error. */
+static void FN(multiply)(const REAL *p, const REAL *g, REAL *product, REAL *low, int64_t n)
+{
+  for (int64_t c = 0; c < n; c++) {
+    product[c] = g[c] * p[c];
+    low[c] = FMA(g[c], p[c], -product[c]);
   }
 }
 
@@ -85,6 +139,7 @@ static void FN(backward_tile)(const struct pl_task *task, int64_t r, int64_t row
     FN(sum_tile)(low, classes, rest, rest_lo);
     for (int l = 0; l < LANES; l++) sum_lo[l] += rest[l];
   }
+  for (int l = 0; l < LANES; l++) sum_lo[l] = FN(finite)(sum[l]) ? sum_lo[l] : 0;
   for (int64_t c = 0; c < size; c += LANES) {
     EACH_VEC(v)
     {
@@ -105,7 +160,8 @@ static void FN(run_backward)(const struct pl_task *task, int64_t begin, int64_t 
     if (by_tile) {
       FN(backward_tile)(task, r, rows, p, g, product, low);
     } else {
-      FN(backward_row)(task, r, p, g, product, low);
+      FN(backward_row)(task, r, p, g);
     }
   }
+  pl_stream_end();
 }

@@ -11,6 +11,7 @@
 static inline const struct pl_view *pl_whole(const struct pl_task *task)
 {
   if (task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX) return &task->out;
+  if (task->operation == PL_SOFTMAX_BACKWARD || task->operation == PL_LOG_SOFTMAX_BACKWARD) return &task->out;
   return task->operation == PL_CROSS_ENTROPY && task->losses.grad.data ? &task->losses.grad : NULL;
 }
 

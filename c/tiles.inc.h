@@ -484,7 +484,8 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   for (int64_t c = 0; c < classes; c++) {
     const REAL of_class = weight ? weight[c] : 1;
     for (int l = 0; l < LANES; l++) {
-      const REAL term = x[c * LANES + l], rest = of_class * loss->of_class[l];
+      const REAL term = x[c * LANES + l], even = loss->of_class[l];
+      const REAL rest = even == 0 ? even : of_class * even; /* not -0 for a negative weight: as in write_slopes */
       const REAL minus = soft ? FMA(q[c * LANES + l], loss->of_target[l], rest) : rest;
       x[c * LANES + l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
     }

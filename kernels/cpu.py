@@ -1740,6 +1740,7 @@ def backward_rows(results, grad, log, out, begin, end):
                 hi, lo = sum_of(product, n)
                 part = hi, lo + sum_of(low, n)[0]
             total = plus(total, part)
+        total = total[0], total[1] if finite(total[0]) else k.zero
         for first in range(0, classes, k.block):
             if classes > k.block:
                 load_block(p, results, r, first)
