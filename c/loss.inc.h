@@ -170,7 +170,7 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
   const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
   const struct FN(sink) sink = FN(sink_at)(task, r);
   const REAL *weight = task->losses.weight;
-  REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other;
+  REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
   const bool soft = task->losses.probabilities.data, softcap = task->losses.softcap != 0;
   struct FN(line) line = {loss->factor.hi, loss->factor.lo, loss->even, NULL};
   if (soft || (weight && loss->even != 0)) line.minuses = minuses;
@@ -184,14 +184,10 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     } else if (line.minuses) {
       for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
     }
-    if (softcap && count > 1) { /* before the logits may be overwritten */
-      FN(load_many)(slopes, logits + b * BLOCK * task->logits.classes, task->logits.classes, n, task->dtype);
-      FN(cap)(task, slopes, NULL, slopes, n);
-    }
     if (count == 1) {
       FN(scale_terms)(slot->e, result, n, &line);
     } else {
-      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room, NULL);
+      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room, slopes);
       FN(write_block)(x, room, result, n, slot->row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->e));
     }
     if (at >= 0 && at < n) {
