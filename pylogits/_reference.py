@@ -9,6 +9,9 @@ The contract. Arrays have any strides. Logits and outputs of their size are (out
 row and one class; a row is logits[i, :, j] and results per row are (outer, inner). A kernel writes to the given outputs
 and validates nothing but labels: all of them are checked before anything is written, and the result is -1 or the flat
 index of the first one outside [0, classes). `out` may be the logits themselves. `threads` is how many may be used.
+
+cross_entropy has labels or else probabilities, which are like logits; its sample weights and upstream gradients per row and
+its class weights are contiguous and in the dtype that is computed in.
 """
 
 from typing import Any, NamedTuple
