@@ -246,6 +246,7 @@ static int64_t run_pieces(const struct pl_parts *parts, const struct pl_task *ta
   const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
   const int64_t each = (p.last - p.first + p.piece - 1) / p.piece;
   int64_t status = -1;
+  (void)threads; /* without OpenMP */
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif

@@ -140,6 +140,65 @@ static int run_case(int operation, int dtype, int64_t classes)
   return !checked || worst <= (dtype == PL_FLOAT32 ? FLOAT_ULP : DOUBLE_ULP);
 }
 
+/* The operations with a gradient, of labels and all options together: their lines only. */
+static void run_gradient(int operation, int dtype, int64_t classes)
+{
+  const int64_t size = dtype == PL_FLOAT32 ? 4 : 8, count = ROWS * classes;
+  char *logits = malloc((size_t)(count * size)), *grad = malloc((size_t)(count * size)), *out = malloc((size_t)(count * size));
+  char *weight = malloc((size_t)(classes * size)), *per_row = malloc((size_t)(ROWS * size)), *where = malloc((size_t)count);
+  int64_t labels[ROWS];
+  if (!logits || !grad || !out || !weight || !per_row || !where) abort();
+  state = 1;
+  for (int64_t i = 0; i < count; i++) {
+    set(logits, dtype, i, operation == PL_LOG_SOFTMAX_BACKWARD ? -uniform() * 20 : (uniform() - 0.5) * 40);
+    set(grad, dtype, i, uniform() - 0.5);
+    where[i] = uniform() < 0.75;
+  }
+  for (int64_t i = 0; i < classes; i++) set(weight, dtype, i, uniform());
+  for (int64_t r = 0; r < ROWS; r++) {
+    set(per_row, dtype, r, uniform());
+    labels[r] = r == 3 ? -100 : (int64_t)(uniform() * (double)classes);
+    if (r != 3) where[r * classes + labels[r]] = 1;
+  }
+  const struct pl_view full = {logits, classes * size, size, size}, slopes = {grad, classes * size, size, size};
+  struct pl_task task = {.operation = operation, .dtype = dtype, .out_dtype = dtype, .outer = ROWS, .classes = classes};
+  task.inner = task.picks = 1;
+  task.temperature = 0.75;
+  task.logits = full;
+  task.out = (struct pl_view){out, classes * size, size, size};
+  task.grad = slopes;
+  if (operation == PL_CROSS_ENTROPY) {
+    task.out = (struct pl_view){out, size, size, size};
+    task.labels = (struct pl_view){labels, 8, 8, 8};
+    task.where = (struct pl_view){where, classes, 1, 1};
+    task.losses = (struct pl_loss){.softcap = 10,
+                                   .label_smoothing = 0.125,
+                                   .z_loss = 0.25,
+                                   .scale = 0.5,
+                                   .ignore_index = -100,
+                                   .has_ignore_index = 1,
+                                   .weight = weight,
+                                   .sample_weight = per_row,
+                                   .loss_grad = per_row,
+                                   .grad = slopes};
+  }
+  if (pl_run(&task, 2) != -1) abort();
+  uint64_t hash = 14695981039346656037u;
+  const int64_t bytes = (operation == PL_CROSS_ENTROPY ? ROWS : count) * size;
+  for (int64_t i = 0; i < bytes; i++) hash = (hash ^ (unsigned char)out[i]) * 1099511628211u;
+  for (int64_t i = 0; i < count * size; i++) hash = (hash ^ (unsigned char)grad[i]) * 1099511628211u;
+  printf("%s %s %" PRId64 " %016" PRIx64 "\n",
+         operation == PL_CROSS_ENTROPY ? "cross_entropy_and_grad"
+                                       : (operation == PL_SOFTMAX_BACKWARD ? "softmax_backward" : "log_softmax_backward"),
+         dtype == PL_FLOAT32 ? "float32" : "float64", classes, hash);
+  free(logits);
+  free(grad);
+  free(out);
+  free(weight);
+  free(per_row);
+  free(where);
+}
+
 int main(void)
 {
   setvbuf(stdout, NULL, _IOLBF, 0); /* a crash or a hang should show where */
@@ -154,6 +213,9 @@ int main(void)
             failures++;
             fprintf(stderr, "%s: %s with %" PRId64 " classes is off\n", pl_isa(), operation_names[operation], class_counts[i]);
           }
+    for (int operation = PL_CROSS_ENTROPY; operation <= PL_LOG_SOFTMAX_BACKWARD; operation++)
+      for (size_t i = 0; i < sizeof class_counts / sizeof *class_counts; i++)
+        for (int dtype = PL_FLOAT32; dtype <= PL_FLOAT64; dtype++) run_gradient(operation, dtype, class_counts[i]);
   }
   return failures ? 1 : 0;
 }
