@@ -102,11 +102,14 @@ def check_real(value: Any, name: str, dtype: np.dtype[Any], bounds: str = "finit
     """A number that is "finite", "positive and finite" or "in [0, 1]", rounded to a dtype."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
         raise TypeError(f"{name} must be a real number, not {value!r}")
-    try:
-        with np.errstate(over="ignore", under="ignore"):
-            rounded = float(dtype.type(value))
-    except OverflowError:  # an int beyond every float
-        rounded = math.inf
+    if value == 0 or value == 1:  # as most are: the other way takes a microsecond
+        rounded = float(value)
+    else:
+        try:
+            with np.errstate(over="ignore", under="ignore"):
+                rounded = float(dtype.type(value))
+        except OverflowError:  # an int beyond every float
+            rounded = math.inf
     allowed = {"finite": True, "positive and finite": rounded > 0, "in [0, 1]": 0 <= value <= 1}
     if not (math.isfinite(rounded) and allowed[bounds]):
         raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")

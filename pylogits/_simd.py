@@ -62,12 +62,12 @@ def _task(
         elif name in ("probabilities", "grad"):
             _view(getattr(task.losses, name), value)
         else:
-            setattr(task.losses, name, ffi.cast("void *", value.ctypes.data))
+            setattr(task.losses, name, ffi.cast("void *", _address(value)))
     if scores is not None:
         for name in Scores._fields:
             array = getattr(scores, name)
             if array is not None:
-                pointer = ffi.cast("void *", array.ctypes.data)
+                pointer = ffi.cast("void *", _address(array))
                 setattr(task, name, ffi.cast(ffi.typeof(getattr(task, name)), pointer))
     return task
 
@@ -79,9 +79,13 @@ def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
     return int(status)
 
 
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])  # in half the time of array.ctypes.data
+
+
 def _view(view: Any, array: Array) -> None:
     """Fill a pl_view; an array of shape (outer, inner) has no stride along the classes."""
-    view.data = ffi.cast("void *", array.ctypes.data)
+    view.data = ffi.cast("void *", _address(array))
     if array.ndim == 3:
         view.outer, view.classes, view.inner = array.strides
     else:
@@ -205,7 +209,7 @@ class TiledCrossEntropy:
 
     def _place(self, view: Any, tile: Array, first: int) -> tuple[int, int]:
         """Lay a view of the whole rows so that the tile is where it belongs; its blocks."""
-        view.data = ffi.cast("void *", tile.ctypes.data - first * self._itemsize)
+        view.data = ffi.cast("void *", _address(tile) - first * self._itemsize)
         view.outer, view.classes = tile.strides
         return first // self.block, -(-(first + tile.shape[1]) // self.block)
 
