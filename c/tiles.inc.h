@@ -249,15 +249,18 @@ static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, RE
 /* Steps 2 and 3 for numbers that are no exponentials. */
 static void FN(sum_tile)(const REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
 {
+  const VEC zero = FN(vec_fill)(0);
   struct FN(tree) tree = {0};
   for (int64_t c = 0; c < classes; c += GROUP) {
     for (int64_t j = 0; j < LANES && c + j < classes; j++) {
-      for (int l = 0; l < LANES; l++) {
-        REAL term[LINES_PER_GROUP] = {0}, lo;
-        for (int64_t i = 0; i < LINES_PER_GROUP && c + i * LANES + j < classes; i++)
-          term[i] = e[(c + i * LANES + j) * LANES + l];
-        tree.sum[j][l] = FN(two_sum)(tree.sum[j][l], (term[0] + term[1]) + (term[2] + term[3]), &lo);
-        tree.lo[j][l] += lo;
+      EACH_VEC(v)
+      {
+        VEC line[LINES_PER_GROUP];
+        for (int i = 0; i < LINES_PER_GROUP; i++) {
+          const int64_t at = c + i * LANES + j;
+          line[i] = at < classes ? FN(vec_load)(e + at * LANES + v) : zero;
+        }
+        FN(add_to_lane)(tree.sum[j] + v, tree.lo[j] + v, (line[0] + line[1]) + (line[2] + line[3]), zero);
       }
     }
   }
@@ -362,7 +365,7 @@ static void FN(weigh_classes)(const struct pl_task *task, const struct FN(tile) 
 {
   const REAL *weight = task->losses.weight;
   for (int64_t c = 0; c < task->classes; c++)
-    for (int l = 0; l < LANES; l++) q[c * LANES + l] = weight ? weight[c] : 1;
+    EACH_VEC(v) FN(vec_store)(q + c * LANES + v, FN(vec_fill)(weight ? weight[c] : 1)); /* in plain C GCC made a mess of it */
   FN(mask_tile)(task, tile->r, tile->rows, q, 0);
 }
 
