@@ -50,8 +50,8 @@
 #define MANTISSA_BITS 23
 #define EXP_LOWEST (-131.0f) /* exp(-131.6) * EXP_SCALE is the smallest normal number */
 #define EXP_SCALE 0x1p+64f
-#define GRID (0x1.8p+23f * 0x1p-13f)        /* added and subtracted, it rounds to multiples of 2^-13 */
-#define FAR 512                             /* |maximum| from which x - maximum is exact for all terms that count */
+#define GRID (0x1.8p+23f * 0x1p-13f) /* added and subtracted, it rounds to multiples of 2^-13 */
+#define FAR 512                      /* |maximum / temperature| from which x - maximum is exact for all terms that count */
 #define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
 #define SQRT_HALF_BITS 0x3f3504f3u
 #define LOG2_E 0x1.715476p+0f

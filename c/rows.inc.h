@@ -296,11 +296,12 @@ static REAL FN(maximum)(const REAL *x, int64_t n)
 
 /* What the exponents of a row (or of LANES rows) are: (x - max) / temperature.
  *
- * At temperature 1, `max` is split into hi, a multiple of 2^-13 (double: 2^-33), and lo. Then x - hi - k ln 2 is exact but for
- * an error far below that of the exponential, as long as |max| < FAR; from there on x - max itself is exact where the
- * exponential is not 0 (Sterbenz), and the rows are moved so that their maximum is 0. */
+ * max / temperature is split into hi, a multiple of 2^-13 (double: 2^-33), and lo. Then x / temperature - hi - k ln 2 is exact
+ * but for an error far below that of the exponential, as long as |max| / temperature < FAR; from there on x - max itself is
+ * exact where the exponential is not 0 (Sterbenz), and the rows are moved so that their maximum is 0. */
 struct FN(origin) {
-  VEC max, hi, lo;
+  VEC max, scaled; /* max / temperature, rounded */
+  VEC hi, lo;
   VEC inverse, inverse_lo; /* 1 / temperature as a pair */
   bool plain;              /* temperature 1 */
 };
@@ -310,29 +311,27 @@ INLINE struct FN(origin) FN(origin_at)(VEC max, struct FN(temperature) t)
   struct FN(origin) o;
   const VEC grid = FN(vec_fill)(GRID);
   o.max = max;
-  o.hi = (max + grid) - grid;
-  o.lo = max - o.hi;
   o.inverse = FN(vec_fill)(t.inverse);
   o.inverse_lo = FN(vec_fill)(t.inverse_lo);
+  o.scaled = max * o.inverse;
+  o.hi = (o.scaled + grid) - grid;
+  o.lo = (o.scaled - o.hi) + FN(vec_fma)(max, o.inverse_lo, FN(vec_fma)(max, o.inverse, -o.scaled));
   o.plain = FN(is_plain)(t);
   return o;
 }
 
 static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 {
-  return FN(is_plain)(t) && FN(finite)(max) && (max >= FAR || max <= -FAR);
+  const REAL scaled = max * t.inverse;
+  return FN(finite)(max) && (scaled >= FAR || scaled <= -FAR);
 }
 
 /* exp((x - max) / temperature) * EXP_SCALE */
 INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
 {
-  const VEC difference = x - o->max;
-  if (o->plain) return FN(exp_scaled)(difference, x, -o->hi, -o->lo);
-  VEC difference_lo;
-  FN(vec_two_sum)(x, -o->max, &difference_lo);
-  const VEC hi = difference * o->inverse;
-  const VEC lo = FN(vec_fma)(difference, o->inverse, -hi) + FN(vec_fma)(difference, o->inverse_lo, difference_lo * o->inverse);
-  return FN(exp_scaled)(hi, hi, FN(vec_fill)(0), lo);
+  if (o->plain) return FN(exp_scaled)(x - o->max, x, FN(vec_fill)(1), -o->hi, -o->lo); /* the products drop out */
+  const VEC exponent = FN(vec_fma)(x, o->inverse, -o->scaled), lo = FN(vec_fma)(x, o->inverse_lo, -o->lo);
+  return FN(exp_scaled)(exponent, x, o->inverse, -o->hi, lo);
 }
 
 static REAL FN(term)(REAL x, REAL max, struct FN(temperature) t)

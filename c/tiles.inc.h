@@ -193,7 +193,8 @@ static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, b
   const bool plain = FN(is_plain)(t);
   REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   for (int l = 0; l < LANES; l++) {
-    const int far = plain & FN(finite)(max[l]) & ((max[l] >= FAR) | (max[l] <= -FAR));
+    const REAL scaled = max[l] * t.inverse;
+    const int far = FN(finite)(max[l]) & ((scaled >= FAR) | (scaled <= -FAR));
     near[l] = far ? 0 : max[l];
     shift[l] = far ? max[l] : 0;
   }

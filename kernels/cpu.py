@@ -598,19 +598,19 @@ def exponent(x, maximum, inverse, inverse_lo):
 
 
 @inlined
-def reduce(hi, a, b, lo):
-    """r and 2^k EXP_SCALE with a + b + lo = k ln 2 + r, hi near a + b + lo."""
+def reduce(hi, a, c, b, lo):
+    """r and 2^k EXP_SCALE with a c + b + lo = k ln 2 + r, hi near that."""
     k = constants(hi)
     shifted = fma(hi, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
-    return (a + fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
+    return fma(a, c, fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
 
 
 @inlined
-def exp_scaled(hi, a, b, lo):
-    """exp(a + b + lo) * EXP_SCALE, hi near a + b + lo."""
+def exp_scaled(hi, a, c, b, lo):
+    """exp(a c + b + lo) * EXP_SCALE, hi near a c + b + lo."""
     k = constants(hi)
-    r, scale = reduce(hi, a, b, lo)
+    r, scale = reduce(hi, a, c, b, lo)
     value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale
     return select(hi < k.exp_lowest, k.zero, value)
 
@@ -632,7 +632,7 @@ def exp_pair(hi, lo):
     k = constants(hi)
     if hi < k.exp_lowest:
         return k.zero, k.zero
-    r, scale = reduce(hi, hi, k.zero, lo)
+    r, scale = reduce(hi, hi, k.one, k.zero, lo)
     square = polynomial(r, k.exp_tail) * (r * r)
     s, r_lo = two_sum(r, square)
     total, total_lo = fast_two_sum(k.one, s)
@@ -698,7 +698,8 @@ def is_plain(t):
 @helper
 def is_far(maximum, t):
     k = constants(maximum)
-    return is_plain(t) and finite(maximum) and (maximum >= k.far or maximum <= -k.far)
+    scaled = maximum * t[0]
+    return finite(maximum) and (scaled >= k.far or scaled <= -k.far)
 
 
 @inlined
@@ -707,18 +708,18 @@ def terms(x, maximum, t):
     k = constants(x)
     if t is None:
         high = (maximum + k.grid) - k.grid
-        return exp_scaled(x - maximum, x, -high, -(maximum - high))
-    hi, lo = exponent(x, maximum, t[0], t[1])
-    return exp_scaled(hi, hi, hi - hi, lo)
+        return exp_scaled(x - maximum, x, k.one, -high, -(maximum - high))
+    scaled = maximum * t[0]
+    high = (scaled + k.grid) - k.grid
+    low = (scaled - high) + fma(maximum, t[1], fma(maximum, t[0], -scaled))
+    return exp_scaled(fma(x, t[0], -scaled), x, t[0], -high, fma(x, t[1], -low))
 
 
 @helper
 def term(x, maximum, t):
-    if not is_plain(t):
-        return terms(x, maximum, t)
     if is_far(maximum, t):
         x, maximum = x - maximum, maximum - maximum
-    return terms(x, maximum, None)
+    return terms(x, maximum, None) if is_plain(t) else terms(x, maximum, t)
 
 
 @helper
@@ -1406,13 +1407,11 @@ def reduce_tile(logits, where, r, rows, x, e, t, keep):
     maximum = line_at(x, 0)
     for c in range(1, classes):
         maximum = larger(line_at(x, c * k.lanes), maximum)
-    near = maximum
-    if is_plain(t):
-        near = select(select(maximum < k.zero, -maximum, maximum) < k.far, maximum, select(finite(maximum), k.zero, maximum))
-        shift = maximum - near
-        ones = exp_tile(x, e, classes, near, shift, None, keep)
-    else:
-        ones = exp_tile(x, e, classes, near, near - near, t, keep)
+    scaled = maximum * t[0]
+    is_near = select(scaled < k.zero, -scaled, scaled) < k.far
+    near = select(is_near, maximum, select(finite(maximum), k.zero, maximum))
+    shift = maximum - near
+    ones = exp_tile(x, e, classes, near, shift, None, keep) if is_plain(t) else exp_tile(x, e, classes, near, shift, t, keep)
     total, total_lo = sum_tile(e, classes)
     total, total_lo = add_ones(total, total_lo, ones)
     if not everywhere(finite(maximum)):
@@ -1471,13 +1470,13 @@ def write_near_terms(x, maximum, t, factor, minuses, result):
 @helper
 def write_terms(x, room, maximum, t, factor, minuses, result):
     """The same from logits."""
-    if not is_plain(t):
-        write_near_terms(x, maximum, t, factor, minuses, result)
-    elif is_far(maximum, t):
+    if is_far(maximum, t):
         come_near(x, maximum, room)
-        write_near_terms(head(room, x.size), maximum - maximum, None, factor, minuses, result)
-    else:
+        x, maximum = head(room, x.size), maximum - maximum
+    if is_plain(t):
         write_near_terms(x, maximum, None, factor, minuses, result)
+    else:
+        write_near_terms(x, maximum, t, factor, minuses, result)
 
 
 @helper
@@ -1763,7 +1762,7 @@ def load_block(x, array, r, first):
 def slope_of(log, p, g, total):
     k = constants(p)
     if log:
-        p = exp_scaled(p, p, k.zero, k.zero)
+        p = exp_scaled(p, p, k.one, k.zero, k.zero)
         unscale = -k.one / k.exp_scale
         return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
     hi, lo = two_sum(g, -total[0])
