@@ -16,7 +16,7 @@ INLINE VEC FN(softmax_slope)(VEC p, VEC g, VEC sum, VEC sum_lo)
 INLINE VEC FN(log_softmax_slope)(VEC log_p, VEC g, VEC sum, VEC sum_lo)
 {
   const VEC zero = FN(vec_fill)(0), unscale = FN(vec_fill)(-1 / EXP_SCALE);
-  const VEC p = FN(exp_scaled)(log_p, log_p, FN(vec_fill)(1), zero, zero);
+  const VEC p = FN(exp_scaled)(log_p, log_p, NULL, zero, zero);
   return FN(vec_fma)(p, sum * unscale, FN(vec_fma)(p, sum_lo * unscale, g));
 }
 

@@ -66,20 +66,23 @@ static inline VEC FN(exp_tail)(VEC r)
   return q;
 }
 
-/* exp(a c + b + lo) * EXP_SCALE, where a c + b + lo is near hi <= 0; exactly 0 for hi below EXP_LOWEST. That is
- * far below the smallest number of this type: terms that vanish one by one may count together.
+/* exp(a c + b + lo) * EXP_SCALE, where a c + b + lo is near hi <= 0 (c is 1 where it is NULL); exactly 0 for hi below
+ * EXP_LOWEST. That is far below the smallest number of this type: terms that vanish one by one may count together.
  *
  * k = hi / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
  * to the exponent. a c and b are apart so that a c + (b - k ln 2) is exact, or its error too small to matter.
  *
  * EXP_SCALE keeps every result normal, so that sums of tiny terms stay exact and a probability is rounded once, when it
  * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN: it is not below anything. */
-static inline VEC FN(exp_scaled)(VEC hi, VEC a, VEC c, VEC b, VEC lo)
+INLINE VEC FN(exp_scaled)(VEC hi, VEC a, const VEC *c, VEC b, VEC lo)
 {
   const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
   const VEC shifted = FN(vec_fma)(hi, FN(vec_fill)(LOG2_E), shift);
   const VEC k = shifted - shift;
-  const VEC r = FN(vec_fma)(a, c, FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b)) + FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo);
+  const VEC high = FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b), low = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo);
+  VEC r = a + high;
+  if (c) r = FN(vec_fma)(a, *c, high);
+  r = r + low;
   const VEC value = FN(vec_fma)(FN(vec_fma)(FN(exp_tail)(r), r, one), r, one) * FN(vec_scale)(shifted);
   return FN(vec_unless_below)(value, hi, FN(vec_fill)(EXP_LOWEST));
 }

@@ -329,9 +329,9 @@ static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 /* exp((x - max) / temperature) * EXP_SCALE */
 INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
 {
-  if (o->plain) return FN(exp_scaled)(x - o->max, x, FN(vec_fill)(1), -o->hi, -o->lo); /* the products drop out */
+  if (o->plain) return FN(exp_scaled)(x - o->max, x, NULL, -o->hi, -o->lo);
   const VEC exponent = FN(vec_fma)(x, o->inverse, -o->scaled), lo = FN(vec_fma)(x, o->inverse_lo, -o->lo);
-  return FN(exp_scaled)(exponent, x, o->inverse, -o->hi, lo);
+  return FN(exp_scaled)(exponent, x, &o->inverse, -o->hi, lo);
 }
 
 static REAL FN(term)(REAL x, REAL max, struct FN(temperature) t)
