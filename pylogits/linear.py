@@ -247,7 +247,8 @@ class _Layer:
 
     def run(self, rows: Array, grads: dict[str, Array]) -> Array:
         """The losses of these rows; what they add to the gradients is added."""
-        x = np.asarray(self.x[rows], self.dtype)
+        consecutive = rows[-1] - rows[0] == len(rows) - 1  # not to be copied
+        x = np.asarray(self.x[rows[0] : rows[-1] + 1] if consecutive else self.x[rows], self.dtype)
         part = self.part(rows)
         found = np.empty(len(rows), self.dtype)
         tile = np.empty(len(rows) * self.classes, self.dtype)
