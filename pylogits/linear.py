@@ -11,7 +11,7 @@ from pylogits._rows import Array
 
 # Of logits that are there at a time. Measured at 2048 x 768 x 50257: tiles of 512 rows took 1.1 times as long in the matrix
 # products, and tiles of whole rows, of the same size, 1.3 times.
-TILE_BYTES = 32 << 20
+TILE_BYTES = 16 << 20
 # The kernels are a twentieth of the work. On two threads they took ten times as long, and doubled the whole: after a product
 # BLAS's threads wait actively for the next one, and so do OpenMP's.
 KERNEL_THREADS = 1
@@ -65,7 +65,7 @@ def linear_cross_entropy(
 
     Notes
     -----
-    At most 32 MiB of logits are there at a time. The products are NumPy's, and so in its BLAS library: on other machines, or
+    At most 16 MiB of logits are there at a time. The products are NumPy's, and so in its BLAS library: on other machines, or
     with other tiles, logits may differ in their last bits; the losses are exact for the logits.
 
     References
