@@ -85,7 +85,7 @@ _F32 = _constants(
     far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
     ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
-    exp_tail="0x1.a12a34p-13 0x1.6d491p-10 0x1.1110ep-7 0x1.5554e4p-5 0x1.555556p-3 0.8p0",
+    exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
     atanh_terms=5,
 )
 
