@@ -54,7 +54,7 @@ int64_t pl_run(const struct pl_task *task, int threads);
 int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
                           int64_t classes, int threads);
 
-/* PL_CROSS_ENTROPY of rows whose logits are there a part at a time, some whole blocks: views are those of the whole rows, but
+/* PL_CROSS_ENTROPY of rows of several blocks, whose logits are there some blocks at a time: views are those of whole rows, but
  * only the elements of blocks [first, last) need be there. `numbers` has room for pl_numbers_size bytes a block and row, row by
  * row: pl_reduce_part fills in those of its blocks; when all are there, pl_write_part writes its part of the gradient and,
  * where first is 0, the losses. Without probabilities, which would need a pass of their own. */
