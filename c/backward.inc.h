@@ -1,11 +1,6 @@
 /* The gradients through softmax and log_softmax, from their results; once for float and once for double. With g the gradient
  * of what follows: p (g - sum(g p)), and g - exp(log p) sum(g). The sums are pairs, by the tree of rows.inc.h. */
 
-static inline bool FN(is_backward)(const struct pl_task *task)
-{
-  return task->operation == PL_SOFTMAX_BACKWARD || task->operation == PL_LOG_SOFTMAX_BACKWARD;
-}
-
 INLINE VEC FN(softmax_slope)(VEC p, VEC g, VEC sum, VEC sum_lo)
 {
   VEC lo;
@@ -78,16 +73,6 @@ INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t 
     const VEC slope = log ? FN(log_softmax_slope)(at, grad, hi, lo) : FN(softmax_slope)(at, grad, hi, lo);
     FN(vec_store_part)(result + c, n - c, slope);
   }
-}
-
-/* n elements of a row from `first` on: where they lie, or converted in `room`. */
-static const REAL *FN(elements)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t first, int64_t n,
-                                REAL *room)
-{
-  const char *at = FN(row_at)(task, view, r) + first * view->classes;
-  if (task->dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL)) return (const REAL *)(const void *)at;
-  FN(load_many)(room, at, view->classes, n, task->dtype);
-  return room;
 }
 
 static void FN(backward_row)(const struct pl_task *task, int64_t r, REAL *p_room, REAL *g_room)

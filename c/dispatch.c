@@ -230,8 +230,7 @@ static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *
 /* Whether threads should share rows: there are too few to go round, and long enough. */
 static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
-  const bool whole_rows_only = task->operation == PL_SCORE || task->operation == PL_SOFTMAX_BACKWARD ||
-                               task->operation == PL_LOG_SOFTMAX_BACKWARD || task->losses.probabilities.data;
+  const bool whole_rows_only = task->operation == PL_SCORE || pl_is_backward(task) || task->losses.probabilities.data;
   return rows < 4 * threads && task->classes >= 2 * parts->block && !whole_rows_only;
 }
 
@@ -347,8 +346,7 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
                           int64_t classes, int threads)
 {
   const int64_t item = pl_itemsize(dtype);
-  const bool whole = operation == PL_SOFTMAX || operation == PL_LOG_SOFTMAX;
-  const struct pl_task task = {
+  struct pl_task task = {
       .operation = operation,
       .dtype = dtype,
       .out_dtype = dtype,
@@ -359,8 +357,9 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
       .temperature = 1,
       .logits = {(void *)logits, classes * item, item, item},
       .labels = {(void *)labels, sizeof(int64_t), sizeof(int64_t), sizeof(int64_t)},
-      .out = {out, whole ? classes * item : item, item, item},
+      .out = {out, item, item, item},
   };
+  if (pl_whole(&task)) task.out.outer = classes * item;
   return pl_run(&task, threads);
 }
 

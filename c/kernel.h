@@ -7,11 +7,15 @@
 
 #include "api.cdef.h"
 
+static inline bool pl_is_backward(const struct pl_task *task)
+{
+  return task->operation == PL_SOFTMAX_BACKWARD || task->operation == PL_LOG_SOFTMAX_BACKWARD;
+}
+
 /* The result that is as large as the logits, or NULL where there are one or some numbers a row. */
 static inline const struct pl_view *pl_whole(const struct pl_task *task)
 {
-  if (task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX) return &task->out;
-  if (task->operation == PL_SOFTMAX_BACKWARD || task->operation == PL_LOG_SOFTMAX_BACKWARD) return &task->out;
+  if (task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX || pl_is_backward(task)) return &task->out;
   return task->operation == PL_CROSS_ENTROPY && task->losses.grad.data ? &task->losses.grad : NULL;
 }
 

@@ -43,7 +43,7 @@ INLINE struct FN(loss)
   }
   if (o->z_loss != 0) {
     const struct FN(pair) z_loss = {o->z_loss, 0}, two = {2, 0};
-    const struct FN(pair) log_sum = FN(plus)(FN(times)((struct FN(pair)){max, 0}, inverse), log1p);
+    const struct FN(pair) log_sum = FN(log_sum_pair)(max, f, t);
     const struct FN(pair) product = FN(times)(z_loss, log_sum);
     loss = FN(plus)(loss, FN(times)(product, log_sum));
     slope = FN(plus)(slope, FN(times)(two, product));
@@ -54,7 +54,7 @@ INLINE struct FN(loss)
       FN(times)(FN(times)(o->scale, (struct FN(pair)){sample_weight, 0}), (struct FN(pair)){loss_grad, 0});
   const struct FN(pair) main = FN(times)(outer, keep), rest = FN(times)(outer, even);
   return (struct FN(loss)){
-      .value = FN(finite)(loss.hi) ? loss.hi + loss.lo : loss.hi,
+      .value = FN(rounded)(loss),
       .factor = FN(times)(FN(times)(outer, slope), (struct FN(pair)){f.reciprocal, f.reciprocal_lo}),
       .keep = main.hi + main.lo,
       .even = rest.hi + rest.lo,
@@ -97,13 +97,11 @@ static inline struct FN(pair) FN(weigh_label)(REAL x, REAL weight, REAL max)
 /* The q of block b: probabilities times class weights, 0 where masked out. Where they lie, or made in `room`. */
 static const REAL *FN(targets_at)(const struct pl_task *task, int64_t r, int64_t b, int64_t n, REAL *room)
 {
-  const struct pl_view *view = &task->losses.probabilities;
   const REAL *weight = task->losses.weight;
-  const char *where = FN(row_at)(task, &task->where, r), *from = FN(row_at)(task, view, r) + b * BLOCK * view->classes;
-  const bool native = task->dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL);
-  if (native && !weight && !where) return (const REAL *)(const void *)from;
-  FN(load_many)(room, from, view->classes, n, task->dtype);
-  for (int64_t c = 0; weight && c < n; c++) room[c] *= weight[b * BLOCK + c];
+  const char *where = FN(row_at)(task, &task->where, r);
+  const REAL *q = FN(elements)(task, &task->losses.probabilities, r, b * BLOCK, n, room);
+  if (!weight && !where) return q;
+  for (int64_t c = 0; c < n; c++) room[c] = weight ? q[c] * weight[b * BLOCK + c] : q[c];
   FN(mask_block)(task, where, b, room, n, 0);
   return room;
 }
@@ -136,14 +134,13 @@ static void FN(dot_targets)(const struct pl_task *task, int64_t r, const REAL *x
 {
   const VEC top = FN(vec_fill)(max), zero = FN(vec_fill)(0);
   const int64_t count = FN(block_count)(task);
-  const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
   for (int64_t b = 0; b < count; b++) {
     const int64_t n = FN(block_length)(task, b), whole = n / GROUP * GROUP;
     const REAL *q = FN(targets_at)(task, r, b, n, slot->first);
     struct FN(lanes) sums[3];
     struct FN(pair) part;
     REAL low_lo;
-    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room, NULL);
+    if (count > 1) x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     for (int i = 0; i < 3; i++)
       for (int v = 0; v < LINE_VECS; v++) sums[i].sum[v] = sums[i].lo[v] = zero;
     for (int64_t c = 0; c < whole; c += GROUP) FN(add_targets)(&sums[0], &sums[1], &sums[2], x + c, q + c, top);
@@ -167,7 +164,7 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
                              int64_t label, REAL label_term)
 {
   const int64_t count = FN(block_count)(task);
-  const char *logits = FN(row_at)(task, &task->logits, r), *where = FN(row_at)(task, &task->where, r);
+  const char *where = FN(row_at)(task, &task->where, r);
   const struct FN(sink) sink = FN(sink_at)(task, r);
   const REAL *weight = task->losses.weight;
   REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
@@ -187,7 +184,7 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     if (count == 1) {
       FN(scale_terms)(slot->e, result, n, &line);
     } else {
-      const REAL *x = FN(stage)(task, logits, where, b * BLOCK, n, room, slopes);
+      const REAL *x = FN(stage)(task, r, b * BLOCK, n, room, slopes);
       FN(write_block)(x, room, result, n, slot->row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->e));
     }
     if (at >= 0 && at < n) {

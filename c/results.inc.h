@@ -47,16 +47,21 @@ static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, s
 {
   REAL lo;
   const REAL hi = FN(exponent)(x, max, t.inverse, t.inverse_lo, &lo);
-  return FN(add_pairs)(hi, lo, -f.log1p, -f.log1p_lo);
+  return FN(rounded)(FN(plus)((struct FN(pair)){hi, lo}, (struct FN(pair)){-f.log1p, -f.log1p_lo}));
 }
 
-/* max / temperature + log(sum); the infinities of max pass, where log1p holds a NaN from no other cause. */
+/* max / temperature + log(sum) */
+INLINE struct FN(pair) FN(log_sum_pair)(REAL max, struct FN(closing) f, struct FN(temperature) t)
+{
+  const struct FN(pair) top = {max, 0}, inverse = {t.inverse, t.inverse_lo}, log1p = {f.log1p, f.log1p_lo};
+  return FN(plus)(FN(times)(top, inverse), log1p);
+}
+
+/* The same, rounded; the infinities of max pass, where log1p holds a NaN from no other cause. */
 static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct FN(temperature) t)
 {
   if (!FN(finite)(max)) return sum == sum ? max : sum;
-  const REAL scaled = max * t.inverse;
-  const REAL scaled_lo = FMA(max, t.inverse, -scaled) + max * t.inverse_lo;
-  return FN(add_pairs)(scaled, scaled_lo, f.log1p, f.log1p_lo);
+  return FN(rounded)(FN(log_sum_pair)(max, f, t));
 }
 
 /* One picked log-probability, or the loss that is its negative: subtracted from 0, so that a certain row's is not -0. */
@@ -234,7 +239,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     REAL *result = FN(place)(&sink, b, room);
-    if (count > 1) x = FN(stage)(task, logits, where, b * BLOCK, n, room, NULL);
+    if (count > 1) x = FN(stage)(task, r, b * BLOCK, n, room, NULL);
     if (log) {
       for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
     } else if (count == 1) {

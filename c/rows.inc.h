@@ -47,16 +47,7 @@ static inline bool FN(finite)(REAL value)
   return value - value == 0;
 }
 
-/* (a_hi + a_lo) + (b_hi + b_lo), rounded once; an infinity stays one, though its low part is NaN. */
-static inline REAL FN(add_pairs)(REAL a_hi, REAL a_lo, REAL b_hi, REAL b_lo)
-{
-  REAL lo;
-  const REAL hi = FN(two_sum)(a_hi, b_hi, &lo);
-  const REAL sum = hi + (lo + (a_lo + b_lo));
-  return FN(finite)(hi) ? sum : hi;
-}
-
-/* a + b and a * b of pairs, as pairs. Infinities give a NaN in lo: it is left out where pairs are rounded in the end. */
+/* a + b and a * b of pairs, as pairs. Infinities give a NaN in lo: it is left out where they are rounded. */
 INLINE struct FN(pair) FN(plus)(struct FN(pair) a, struct FN(pair) b)
 {
   REAL lo;
@@ -70,6 +61,11 @@ INLINE struct FN(pair) FN(times)(struct FN(pair) a, struct FN(pair) b)
   const REAL hi = a.hi * b.hi;
   const REAL lo = FMA(a.hi, b.hi, -hi) + FMA(a.hi, b.lo, a.lo * b.hi);
   return (struct FN(pair)){hi, lo};
+}
+
+static inline REAL FN(rounded)(struct FN(pair) a)
+{
+  return FN(finite)(a.hi) ? a.hi + a.lo : a.hi;
 }
 
 /* The offset in bytes of row number r. */
@@ -235,20 +231,28 @@ static int64_t FN(count_classes)(const char *where, int64_t stride, int64_t n)
   return count;
 }
 
+/* n elements of a row from `first` on: where they lie, or converted in `room`. */
+static const REAL *FN(elements)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t first, int64_t n,
+                                REAL *room)
+{
+  const char *at = FN(row_at)(task, view, r) + first * view->classes;
+  if (task->dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL)) return (const REAL *)(const void *)at;
+  FN(load_many)(room, at, view->classes, n, task->dtype);
+  return room;
+}
+
 /* Elements [first, first + n) of a row: where they lie, or converted, capped and masked in `room`; and the slopes of the
  * softcap, where they are wanted. */
-static const REAL *FN(stage)(const struct pl_task *task, const char *row, const char *where, int64_t first, int64_t n,
-                             REAL *room, REAL *slopes)
+static const REAL *FN(stage)(const struct pl_task *task, int64_t r, int64_t first, int64_t n, REAL *room, REAL *slopes)
 {
-  const bool native = task->dtype == NATIVE_DTYPE && task->logits.classes == (int64_t)sizeof(REAL);
-  const bool softcap = task->losses.softcap;
-  const REAL *x = (const REAL *)(const void *)(row + first * task->logits.classes);
-  if (native && !where && !softcap) return x;
-  if (!native) FN(load_many)(room, (const char *)x, task->logits.classes, n, task->dtype);
-  if (!native) x = room;
-  if (softcap) FN(cap)(task, x, room, slopes, n);
-  if (softcap) x = room;
-  if (where) FN(mask)(x, room, where + first * task->where.classes, task->where.classes, n, -INFINITY);
+  const REAL *x = FN(elements)(task, &task->logits, r, first, n, room);
+  if (task->losses.softcap) {
+    FN(cap)(task, x, room, slopes, n);
+    x = room;
+  }
+  const char *where = FN(row_at)(task, &task->where, r);
+  if (!where) return x;
+  FN(mask)(x, room, where + first * task->where.classes, task->where.classes, n, -INFINITY);
   return room;
 }
 
@@ -746,9 +750,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
-    const char *where = FN(row_at)(task, &task->where, r + i);
-    slots[i].x =
-        FN(stage)(task, FN(row_at)(task, &task->logits, r + i), where, 0, n, slots[i].room, keep ? slots[i].other : NULL);
+    slots[i].x = FN(stage)(task, r + i, 0, n, slots[i].room, keep ? slots[i].other : NULL);
     max[i] = FN(maximum)(slots[i].x, n);
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
     to[i] = keep ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
@@ -769,12 +771,10 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
                               struct FN(temperature) t, struct FN(slot) * slot, struct FN(row) * blocks)
 {
-  const char *logits = FN(row_at)(task, &task->logits, r);
-  const char *where = FN(row_at)(task, &task->where, r);
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
-    slot->x = FN(stage)(task, logits, where, b * BLOCK, n, slot->room, NULL);
+    slot->x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
     FN(start)(task, b, max, t, next, next, slot);

@@ -9,7 +9,7 @@ static bool FN(side_by_side)(const struct pl_task *task)
  * results that have to be turned back up to about 100 floats or 40 doubles, without them up to 140 and 60. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
-  const bool backward = FN(is_backward)(task), loss = task->operation == PL_CROSS_ENTROPY;
+  const bool backward = pl_is_backward(task), loss = task->operation == PL_CROSS_ENTROPY;
   const int64_t most = backward ? TILE / 2 : loss ? 2 * TILE / TILES_OF_LOSS : TILE; /* by the room that there is */
   const int64_t short_lines = backward ? 2 : pl_whole(task) ? 5 : 7;
   if (task->operation == PL_SCORE || rows < LANES / 2) return false;
@@ -86,7 +86,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   const struct FN(temperature) t = FN(invert)(task);
   int64_t bad = -1;
 
-  if (FN(is_backward)(task)) {
+  if (pl_is_backward(task)) {
     FN(run_backward)(task, begin, end, FN(by_tile)(task, end - begin), scratch);
     return -1;
   }

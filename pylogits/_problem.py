@@ -193,6 +193,9 @@ def check_problem(
     if ignored is not None:
         # uint64 targets become int64: what does not fit is outside [0, C), or ignored, and wraps like this
         options = options._replace(ignore_index=(ignored + 2**63) % 2**64 - 2**63)
+    upstream = None
+    if loss_grad is not None:
+        upstream = np.broadcast_to(_check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()), rows)
     problem = Problem(
         rows,
         axis,
@@ -201,12 +204,10 @@ def check_problem(
         given,
         ignored,
         None if sample_weight is None else _check_rows(sample_weight, "sample_weight", rows),
-        None if loss_grad is None else _check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()),
+        upstream,
         options,
         reduction,
     )
-    if problem.loss_grad is not None:
-        problem = problem._replace(loss_grad=np.broadcast_to(problem.loss_grad, rows))
     for _, _, part in problem.parts():
         if hard and not _labels_are_good(part, classes):
             _raise_bad_label(problem, classes)
@@ -224,14 +225,14 @@ def check_classes(classes: int) -> None:
 
 def _denominator(problem: Problem) -> float:
     """What the sum of the losses is divided by."""
-    rows, weight = math.prod(problem.rows), problem.options.weight
+    rows = math.prod(problem.rows)
     if problem.reduction in ("none", "sum"):
         return 1.0
     if problem.reduction == "sum_over_batch_size":
         return float(rows)
     weighted = problem.reduction == "mean"
-    by_class = weighted and problem.hard and weight is not None
-    if problem.sample_weight is None and problem.ignore_index is None and not by_class:
+    weight = problem.options.weight if weighted and problem.hard else None
+    if problem.sample_weight is None and problem.ignore_index is None and weight is None:
         return float(rows)
     total = Total(rows, np.dtype(np.float64))
     for _, _, part in problem.parts():
@@ -239,7 +240,7 @@ def _denominator(problem: Problem) -> float:
         numbers[...] = 1 if counted is None else counted
         if part.sample_weight is not None:
             numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
-        if by_class and weight is not None:
+        if weight is not None:
             numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
         total.add(numbers)
     return float(total.sum())
