@@ -146,7 +146,7 @@ class Problem(NamedTuple):
             return np.asarray(total.sum() / self.denominator, self.dtype)
         if self.reduction == "mean":
             message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
             return np.asarray(np.nan, self.dtype)
         return np.zeros((), self.dtype)
 

@@ -5,6 +5,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from pylogits import _dispatch, _rows
+from pylogits._float_state import standard_arithmetic
 from pylogits._rows import Axis
 
 
@@ -96,6 +97,7 @@ def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature:
     return _masked("log_softmax", logits, axis, where, temperature, out)
 
 
+@standard_arithmetic
 def _masked(operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any) -> Any:
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
@@ -181,6 +183,7 @@ def log_softmax_backward(grad: Any, log_probs: Any, axis: Axis = -1, *, out: Any
     return _backward("log_softmax_backward", grad, log_probs, "log_probs", axis, out)
 
 
+@standard_arithmetic
 def _backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out: Any) -> Any:
     array, slopes = _rows.to_numpy(result, name), _rows.to_numpy(grad, "grad")
     dtype = _rows.check_floats(array, name)
@@ -237,6 +240,11 @@ def logsumexp(
     plain = None if keepdims else _rows.run_contiguous("logsumexp", logits, None, axis, where, temperature, out)
     if plain is not None:
         return plain
+    return _logsumexp(logits, axis, where, temperature, keepdims, out)
+
+
+@standard_arithmetic
+def _logsumexp(logits: Any, axis: Axis, where: Any, temperature: Any, keepdims: bool, out: Any) -> Any:
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     axes = _rows.check_axis(axis, array.ndim)
@@ -258,6 +266,7 @@ def logsumexp(
     return _rows.deliver(logits, result.reshape(kept) if keepdims else result, out)
 
 
+@standard_arithmetic
 def selective_log_softmax(
     logits: Any,
     indices: Any,

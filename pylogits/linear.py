@@ -6,6 +6,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from pylogits import _dispatch, _rows
+from pylogits._float_state import standard_arithmetic
 from pylogits._problem import Problem, Total, check_problem
 from pylogits._rows import Array
 
@@ -174,6 +175,7 @@ temperature, where, reduction, out
     )
 
 
+@standard_arithmetic
 def _linear_cross_entropy(
     inputs: Any, linear_weight: Any, linear_bias: Any, targets: Any, out: Any, differentiate: bool, **options: Any
 ) -> tuple[Any, Any]:

@@ -7,9 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pylogits import _dispatch, _rows
+from pylogits._float_state import standard_arithmetic
 from pylogits._problem import Total, check_classes, check_problem
 
 
+@standard_arithmetic
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
     """Cross entropy between label distributions and softmax(logits): -sum(labels * log_softmax(logits)).
 
@@ -119,6 +121,11 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     plain = None if labels is None else _rows.run_contiguous(operation, logits, labels, axis, out=out)
     if plain is not None:
         return plain
+    return _sparse_cross_entropy(labels, logits, axis, out)
+
+
+@standard_arithmetic
+def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: Any) -> Any:
     array = _rows.to_numpy(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
@@ -147,6 +154,7 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     return _rows.deliver(logits, result, out)
 
 
+@standard_arithmetic
 def one_hot(
     labels: Any,
     num_classes: SupportsIndex,
@@ -384,6 +392,7 @@ reduction, out
     )
 
 
+@standard_arithmetic
 def _cross_entropy(
     logits: Any,
     targets: Any,

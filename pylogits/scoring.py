@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from pylogits import _dispatch, _rows
+from pylogits._float_state import standard_arithmetic
 from pylogits._reference import Scores
 
 
@@ -14,6 +15,7 @@ class DoubleSoftmaxWarning(UserWarning):
     """Logits that look like probabilities: softmax has probably been applied before."""
 
 
+@standard_arithmetic
 def score(
     logits: Any,
     targets: Any = None,
@@ -108,6 +110,7 @@ def score(
     return Scores(*delivered, *[None] * (8 - len(delivered)))
 
 
+@standard_arithmetic
 def check_logits(logits: Any, axis: SupportsIndex = -1) -> None:
     """Warn when the rows already look like probabilities.
 
@@ -150,5 +153,5 @@ def check_logits(logits: Any, axis: SupportsIndex = -1) -> None:
             "the logits look like probabilities: every row is in [0, 1] and sums to 1. "
             "Softmax has probably been applied already; pass the raw scores",
             DoubleSoftmaxWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
