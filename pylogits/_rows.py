@@ -25,6 +25,8 @@ Kernel = Callable[..., int | None]
 
 # A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
 PIECE_BYTES = 1 << 20
+# Elements that a backend gets at once, a tenth of a second's: Python sees Ctrl-C between two calls only.
+CALL_SIZE = 1 << 26
 
 _FLOAT32, _FLOAT64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 _PER_ROW = frozenset({"logsumexp", "sparse_softmax_cross_entropy_with_logits"})  # one number a row
@@ -208,12 +210,30 @@ class Operands(NamedTuple):
         status = kernel(*self.inputs, *self.row_inputs, *self.outputs, *self.row_outputs)
         return status in (None, -1)
 
+    def parts(self) -> Iterator["Operands"]:
+        """The rows of views, at most CALL_SIZE elements at a time."""
+        logits = self.inputs[0]
+        assert logits is not None
+        if logits.size <= CALL_SIZE:
+            yield self
+            return
+        outer, classes, inner = logits.shape
+        for first, *rest in pieces((outer, inner), max(1, CALL_SIZE // classes)):
+            i = first if isinstance(first, slice) else slice(first, first + 1)
+            j = rest[0] if rest else slice(None)
+            yield Operands(
+                [None if array is None else array[i, :, j] for array in self.inputs],
+                [None if array is None else array[i, j] for array in self.row_inputs],
+                [array[i, :, j] for array in self.outputs],
+                [array[i, j] for array in self.row_outputs],
+            )
+
 
 def run(kernel: Kernel, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], operands: Operands) -> bool:
     """Run a kernel that takes `dtypes` on all rows; False where it met a bad label."""
     whole = _as_whole(operands, dtypes, axes)
     if whole is not None:
-        return whole.call(kernel)
+        return all(part.call(kernel) for part in whole.parts())
     return all(_run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes))
 
 
@@ -305,7 +325,7 @@ def run_contiguous(
     if (dtype is not _FLOAT32 and dtype is not _FLOAT64) or not logits.flags.carray:
         return None
     shape, size = logits.shape, logits.size
-    if not (shape and size):
+    if not (shape and 0 < size <= CALL_SIZE):
         return None
     rows = shape[:-1] if operation in _PER_ROW else shape
     if labels is not None and not (
