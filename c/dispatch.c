@@ -181,17 +181,53 @@ static int64_t worse(int64_t a, int64_t b)
   return b == -1 || a < b ? a : b;
 }
 
+#ifdef _OPENMP
+static void *wait_for(void *gate)
+{
+  pthread_mutex_lock(gate);
+  pthread_mutex_unlock(gate);
+  return NULL;
+}
+
+/* How many of so many threads there can be. OpenMP ends the process where it can't start one (a limit on processes, no memory
+ * for a stack), so they are tried before, all at once; once it has started them, it keeps them for this thread's next team. */
+static int possible_threads(int wanted)
+{
+  static _Thread_local int kept = 1;
+  pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+  pthread_t *tried = NULL;
+  int possible = 1;
+  if (wanted <= kept) return kept = wanted;
+  pthread_mutex_lock(&gate);
+  tried = malloc((size_t)(wanted - 1) * sizeof *tried);
+  while (tried && possible < wanted && pthread_create(&tried[possible - 1], NULL, wait_for, &gate) == 0) possible++;
+  pthread_mutex_unlock(&gate);
+  for (int i = 0; i < possible - 1; i++) pthread_join(tried[i], NULL);
+  free(tried);
+  return kept = possible;
+}
+#else
+static int possible_threads(int wanted)
+{
+  return wanted;
+}
+#endif
+
 /* A second call beside a running one stays on its caller's thread: teams of teams would only wait for cores. */
 static atomic_bool busy;
-
-static bool begin_team(int threads)
-{
-  return threads > 1 && !forked && !atomic_exchange(&busy, true);
-}
 
 static void end_team(void)
 {
   atomic_store(&busy, false);
+}
+
+/* How many threads the team has, of those that are wanted; 1: there is none, and nothing to end. */
+static int begin_team(int threads)
+{
+  if (threads <= 1 || forked || atomic_exchange(&busy, true)) return 1;
+  threads = possible_threads(threads);
+  if (threads == 1) end_team();
+  return threads;
 }
 
 static const struct pl_parts *parts_of(const struct pl_kernels *kernels, int dtype)
@@ -334,7 +370,8 @@ int64_t pl_run(const struct pl_task *task, int threads)
   const struct pl_parts *parts = parts_of(kernels, task->dtype);
   const bool shared = shares_rows(parts, task, rows, threads);
   if (threads > rows && !shared) threads = (int)rows;
-  if (begin_team(threads)) {
+  threads = begin_team(threads);
+  if (threads > 1) {
     const int64_t status = shared ? share_rows(parts, task, rows, threads) : run_team(kernels, task, rows, threads);
     end_team();
     return status;
@@ -377,9 +414,9 @@ static int64_t run_part(const struct pl_task *task, int64_t first, int64_t last,
 {
   const struct pieces p = {task->outer * task->inner, first, last, last - first, write};
   const struct pl_parts *parts = parts_of(current_isa()->kernels, task->dtype);
-  const bool team = begin_team(threads);
-  const int64_t status = run_pieces(parts, task, p, numbers, team ? threads : 1);
-  if (team) end_team();
+  threads = begin_team(threads);
+  const int64_t status = run_pieces(parts, task, p, numbers, threads);
+  if (threads > 1) end_team();
   return status;
 }
 

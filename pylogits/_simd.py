@@ -23,6 +23,8 @@ DTYPES = frozenset(_CODES)
 _from_buffer = ffi.from_buffer
 _run_contiguous = lib.pl_run_contiguous
 NULL = ffi.NULL
+OUT_OF_MEMORY = -2
+NO_MEMORY = "no memory for the blocks of a long row"
 _OPERATIONS = {
     "softmax": lib.PL_SOFTMAX,
     "log_softmax": lib.PL_LOG_SOFTMAX,
@@ -73,10 +75,10 @@ def _task(
 
 
 def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
-    status = lib.pl_run(_task(operation, logits, **arguments), threads)
-    if status == -2:
-        raise MemoryError("no memory for the blocks of a long row")
-    return int(status)
+    status = int(lib.pl_run(_task(operation, logits, **arguments), threads))
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(NO_MEMORY)
+    return status
 
 
 def _address(array: Array) -> int:
@@ -260,7 +262,7 @@ def run_contiguous(
     threads: int,
 ) -> int:
     """An operation on C-contiguous arrays, `size` logits in all, without the views and the task of the general way."""
-    return _run_contiguous(  # type: ignore[no-any-return]
+    status: int = _run_contiguous(
         _OPERATIONS[operation],
         _CODES[dtype],
         _from_buffer(logits),
@@ -270,6 +272,9 @@ def run_contiguous(
         classes,
         threads,
     )
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(NO_MEMORY)
+    return status
 
 
 def max_threads() -> int:
