@@ -48,9 +48,9 @@ def dtype(request):
 def python():
     """Run code in a fresh interpreter and return the finished process."""
 
-    def run(code, **environment):
+    def run(code, *arguments, **environment):
         return subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, *arguments],
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
