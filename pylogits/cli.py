@@ -4,16 +4,20 @@ import math
 import os
 import secrets
 import shutil
+import signal
+import stat
 import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
+from textwrap import shorten
 from typing import IO, Annotated, Any, NoReturn
 
 import numpy as np
@@ -33,8 +37,21 @@ Block = tuple[slice, ...]
 # Large enough that the work outweighs the loop around it, small enough to stay near the cache.
 CHUNK_BYTES = 16 * 2**20
 
+# Below this, the bytes of a read cost less than its call.
+READ_BYTES = 64 * 2**10
+
+# Version 3.0 differs from 2.0 in the names of fields alone, which neither logits nor targets have.
+READ_HEADER = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+    (3, 0): npy.read_array_header_2_0,
+}
+
 COLUMNS = ("prediction", "confidence", "entropy", "logsumexp", "loss", "correct")
 TOP_K_COLUMNS = ("top_k_indices", "top_k_probabilities")
+
+# Of temporary files, which only a killed run leaves.
+PREFIX, SUFFIX = ".pylogits-", ".tmp"
 
 app = typer.Typer(
     help="Probabilities, losses and scores from logits.",
@@ -44,42 +61,133 @@ app = typer.Typer(
 )
 
 
-def fail(path: Path, reason: object) -> NoReturn:
+def fail(name: object, reason: object) -> NoReturn:
     """End the command with one line about a file."""
-    typer.echo(f"error: {path}: {reason}", err=True)
+    if isinstance(reason, OSError):
+        reason = reason.strerror or reason
+    typer.echo(f"error: {name}: {reason}", err=True)
     raise typer.Exit(2)
 
 
-def read_npy(path: Path) -> Array:
-    """Map a .npy file; one that is shorter than its header says is refused, never touched."""
-    try:
-        return np.asarray(npy.open_memmap(path, mode="r"))
-    except OSError as error:
-        fail(path, error.strerror or error)
-    except Exception as error:  # a damaged header raises anything: TokenError, TypeError, ...
-        fail(path, f"not a whole .npy file: {error}")
+@dataclass
+class NpyFile:
+    """An array in a .npy file, read a block at a time.
 
+    Read, not mapped: where a file is cut short meanwhile, a read is an error like any other, but a map kills the process.
+    """
 
-def read_logits(path: Path, axis: int) -> Array:
-    """Map logits with their classes on the last axis."""
-    logits = read_npy(path)
-    if logits.dtype == np.dtype("V2"):  # how bfloat16 comes back from a .npy file
+    path: Path
+    file: BufferedReader
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes, as NumPy's
+    start: int  # where the first element lies in the file
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def move_last(self, axis: int) -> None:
+        """Make an axis the last one."""
+        order = list(range(len(self.shape)))
+        order.append(order.pop(axis))
+        self.shape = tuple(self.shape[i] for i in order)
+        self.strides = tuple(self.strides[i] for i in order)
+
+    def read(self, block: Block) -> Array:
+        """Read a part, which is given by slices of the first axes."""
+        ranges = [range(length) for length in self.shape]
+        ranges[: len(block)] = [whole[part] for whole, part in zip(ranges, block, strict=False)]
+        # In the file's order, so that elements side by side in the file are so in memory.
+        order = sorted(range(len(ranges)), key=lambda axis: -self.strides[axis])
+        start = self.start + sum(part.start * stride for part, stride in zip(ranges, self.strides, strict=True))
         try:
-            from ml_dtypes import bfloat16
-        except ImportError:
-            fail(path, "dtype |V2 is read as bfloat16, which needs the package ml_dtypes")
-        logits = logits.view(bfloat16)
-    elif logits.dtype.kind not in "fiub" or logits.dtype.itemsize > 8:
-        fail(path, f"logits must be real numbers of at most 64 bits, not {logits.dtype}")
-    if not -logits.ndim <= axis < logits.ndim:
-        fail(path, f"no axis {axis} in logits of shape {logits.shape}")
-    if logits.shape[axis] == 0:
-        fail(path, f"no classes along axis {axis} of logits of shape {logits.shape}")
-    return np.moveaxis(logits, axis, -1)
+            array = np.empty([len(ranges[axis]) for axis in order], (np.void, self.dtype.itemsize))
+            if array.size:
+                self._fill(array, start, [self.strides[axis] for axis in order])
+        except (OSError, MemoryError) as error:
+            fail(self.path, error)
+        return array.view(self.dtype).transpose(np.argsort(order))
+
+    def _fill(self, array: Array, start: int, strides: Sequence[int]) -> None:
+        """Read an array's elements, which lie with these strides in the file: in halves while too much lies between them."""
+        span = array.itemsize + sum((length - 1) * stride for length, stride in zip(array.shape, strides, strict=True))
+        if span == array.nbytes:
+            self._read_bytes(array, start)
+        elif span <= READ_BYTES:
+            buffer = np.empty(span, np.uint8)
+            self._read_bytes(buffer, start)
+            array[...] = np.ndarray(array.shape, array.dtype, buffer, strides=strides)
+        elif len(array) == 1:
+            self._fill(array[0], start, strides[1:])
+        else:
+            half = len(array) // 2
+            self._fill(array[:half], start, strides)
+            self._fill(array[half:], start + half * strides[0], strides)
+
+    def _read_bytes(self, array: Array, start: int) -> None:
+        self.file.seek(start)
+        if self.file.readinto(array.data) < array.nbytes:
+            fail(self.path, "became shorter while it was read")
 
 
-def check_targets(path: Path, targets: Array, logits: Array) -> None:
+@contextmanager
+def open_npy(path: Path) -> Iterator[NpyFile]:
+    """Open a .npy file; one that is shorter than its header says is refused."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            fail(path, "not a regular file")
+        file = path.open("rb")
+    except OSError as error:
+        fail(path, error)
+    with file:
+        try:
+            version = npy.read_magic(file)
+            if version not in READ_HEADER:
+                raise ValueError(f"its format has the unknown version {version}")
+            with warnings.catch_warnings(action="ignore"):  # an old or odd spelling is no concern of the user's
+                shape, fortran_order, dtype = READ_HEADER[version](file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            np.broadcast_to(np.empty((), dtype), shape)  # raises for shapes that no array can have
+            # From the axis whose elements lie side by side to the outermost one.
+            lengths = shape if fortran_order else shape[::-1]
+            strides = tuple(dtype.itemsize * math.prod(lengths[:i]) for i in range(len(lengths)))
+            array = NpyFile(path, file, dtype, shape, strides if fortran_order else strides[::-1], file.tell())
+            missing = array.start + array.nbytes - os.fstat(file.fileno()).st_size
+            if missing > 0:
+                raise ValueError(f"the last {missing} bytes are missing")
+        except OSError as error:
+            fail(path, error)
+        except Exception as error:  # a damaged header raises anything: TokenError, TypeError, ...
+            fail(path, f"not a whole .npy file: {shorten(str(error), 200)}")
+        yield array
+
+
+@contextmanager
+def open_logits(path: Path, axis: int) -> Iterator[NpyFile]:
+    """Open logits, with their classes on the last axis."""
+    with open_npy(path) as logits:
+        if logits.dtype == np.dtype("V2"):  # how bfloat16 comes back from a .npy file
+            try:
+                from ml_dtypes import bfloat16
+            except ImportError:
+                fail(path, "dtype |V2 is read as bfloat16, which needs the package ml_dtypes")
+            logits.dtype = np.dtype(bfloat16)
+        elif logits.dtype.kind not in "fiub" or logits.dtype.itemsize > 8:
+            fail(path, f"logits must be real numbers of at most 64 bits, not {logits.dtype}")
+        if not -len(logits.shape) <= axis < len(logits.shape):
+            fail(path, f"no axis {axis} in logits of shape {logits.shape}")
+        if logits.shape[axis] == 0:
+            fail(path, f"no classes along axis {axis} of logits of shape {logits.shape}")
+        logits.move_last(axis)
+        yield logits
+
+
+def check_targets(targets: NpyFile, logits: NpyFile) -> None:
     """Refuse bad targets before the first row is scored, not hours later."""
+    path = targets.path
     rows, classes = logits.shape[:-1], logits.shape[-1]
     if targets.dtype.kind not in "iu":
         fail(path, f"targets must be integers, not {targets.dtype}")
@@ -87,7 +195,7 @@ def check_targets(path: Path, targets: Array, logits: Array) -> None:
         fail(path, f"targets of shape {targets.shape} for rows of shape {rows}")
     first_row = 0
     for block in blocks(rows, CHUNK_BYTES // targets.dtype.itemsize):
-        part = targets[block].ravel()
+        part = targets.read(block).ravel()
         bad = np.flatnonzero((part < 0) | (part >= classes))
         if bad.size:
             row = first_row + bad[0]
@@ -110,36 +218,31 @@ def blocks(shape: tuple[int, ...], limit: int) -> Iterator[Block]:
             yield from ((slice(i, i + 1), *rest) for rest in blocks(tuple(inner), limit))
 
 
-def row_blocks(logits: Array) -> Iterator[Block]:
+def row_blocks(logits: NpyFile) -> Iterator[Block]:
     """Cut the rows of logits into chunks of about CHUNK_BYTES, one row at least."""
-    row_bytes = logits.shape[-1] * logits.itemsize
+    row_bytes = logits.shape[-1] * logits.dtype.itemsize
     return blocks(logits.shape[:-1], max(CHUNK_BYTES // row_bytes, 1))
 
 
-def warn_of_probabilities(path: Path, logits: Array) -> None:
+def warn_of_probabilities(logits: NpyFile) -> None:
     """Say so when the first chunk's rows look like probabilities already."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", pylogits.DoubleSoftmaxWarning)
         try:
-            pylogits.check_logits(logits[next(row_blocks(logits))])
+            pylogits.check_logits(logits.read(next(row_blocks(logits))))
         except pylogits.DoubleSoftmaxWarning as warning:
-            typer.echo(f"warning: {path}: {warning}", err=True)
+            typer.echo(f"warning: {logits.path}: {warning}", err=True)
 
 
-def score_blocks(path: Path, axis: int, targets: Array | None, top_k: int, temperature: float) -> Iterator[pylogits.Scores]:
+def score_blocks(logits: NpyFile, targets: NpyFile | None, top_k: int, temperature: float) -> Iterator[pylogits.Scores]:
     """Score a file of logits, a chunk of its rows at a time."""
-    for block in row_blocks(read_logits(path, axis)):
-        # Mapped anew for each chunk, so that the pages already read leave the process.
-        part = read_logits(path, axis)[block]
+    for block in row_blocks(logits):
+        part = logits.read(block)
+        labels = None if targets is None else targets.read(block)
         try:
-            scores = pylogits.score(
-                part,
-                None if targets is None else targets[block],
-                top_k=top_k,
-                temperature=temperature,
-            )
+            scores = pylogits.score(part, labels, top_k=top_k, temperature=temperature)
         except ValueError as error:
-            fail(path, error)
+            fail(logits.path, error)
         yield scores
 
 
@@ -187,7 +290,7 @@ def write_npz(file: IO[bytes], chunks: Iterator[Columns]) -> None:
     first = next(chunks)
     folder = Path(file.name).parent
     with ExitStack() as stack:
-        spools = {name: stack.enter_context(TemporaryFile(dir=folder)) for name in first}
+        spools = {name: stack.enter_context(TemporaryFile(dir=folder, prefix=PREFIX, suffix=SUFFIX)) for name in first}
         rows = 0
         for table in chain([first], chunks):
             rows += len(table["prediction"])
@@ -210,17 +313,33 @@ WRITERS: dict[str, Callable[[IO[bytes], Iterator[Columns]], None]] = {
 
 
 @contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise an exception, as SIGINT does: temporary files are removed on its way out."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that takes its place once whole, and is removed on any failure."""
-    beside = path.with_name(f".pylogits-{secrets.token_hex(8)}.tmp")
+    beside = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}")
     try:
         with beside.open("xb") as file:
             yield file
+            # On the disk before it has the name: after a power cut, a name may else be found with half a file. That the name
+            # itself may then be lost is no harm, as the older output is whole, too.
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        fail(path, error.strerror or error)
+        fail(path, error)
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -241,7 +360,7 @@ class Summary:
             self.loss += float(np.sum(scores.loss, dtype=np.float64))
             self.correct += int(np.count_nonzero(scores.correct))
 
-    def print(self, logits: Array, seconds: float, has_targets: bool) -> None:
+    def print(self, logits: NpyFile, seconds: float, has_targets: bool) -> None:
         """Print the totals and the speed, as a table on standard output."""
         lines = {
             "rows": f"{self.rows}",
@@ -279,30 +398,35 @@ def score(
         fail(out, f"the output must end in {' or '.join(WRITERS)}")
     if not os.path.isdir(out.parent) or os.path.isdir(out):
         fail(out, "not a file in an existing folder")
-    mapped = read_logits(logits, axis)
-    rows = mapped.shape[:-1]
-    labels = None
-    if targets is not None:
-        labels = read_npy(targets)
-        check_targets(targets, labels, mapped)
-    warn_of_probabilities(logits, mapped)
-
-    summary = Summary()
-    start = time.perf_counter()
     with (
-        replacing(out) as file,
-        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
+        unwinding_on_sigterm(),
+        open_logits(logits, axis) as rows,
+        nullcontext() if targets is None else open_npy(targets) as labels,
     ):
-        task = progress.add_task("scoring", total=math.prod(rows))
+        if labels is not None:
+            check_targets(labels, rows)
+        warn_of_probabilities(rows)
 
-        def chunks() -> Iterator[Columns]:
-            for scores in score_blocks(logits, axis, labels, top_k, temperature):
-                summary.add(scores)
-                progress.update(task, completed=summary.rows)
-                yield columns(scores)
+        summary = Summary()
+        start = time.perf_counter()
+        with (
+            replacing(out) as file,
+            Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
+        ):
+            task = progress.add_task("scoring", total=math.prod(rows.shape[:-1]))
 
-        WRITERS[out.suffix](file, chunks())
-    summary.print(mapped, time.perf_counter() - start, labels is not None)
+            def chunks() -> Iterator[Columns]:
+                for scores in score_blocks(rows, labels, top_k, temperature):
+                    summary.add(scores)
+                    progress.update(task, completed=summary.rows)
+                    yield columns(scores)
+
+            WRITERS[out.suffix](file, chunks())
+        try:
+            summary.print(rows, time.perf_counter() - start, labels is not None)
+        except OSError as error:
+            sys.stdout = sys.stderr  # what the old one holds would fail once more at exit
+            fail("standard output", error)
 
 
 @app.command()
