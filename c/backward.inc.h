@@ -84,7 +84,8 @@ static void FN(backward_row)(const struct pl_task *task, int64_t r, REAL *p_room
     const int64_t first = b * BLOCK, n = FN(block_length)(task, b);
     const REAL *p = FN(elements)(task, &task->logits, r, first, n, p_room);
     const REAL *g = FN(elements)(task, &task->grad, r, first, n, g_room);
-    sum = FN(plus)(sum, log ? FN(sum_block)(p, g, n, true) : FN(sum_block)(p, g, n, false));
+    const struct FN(pair) part = log ? FN(sum_block)(p, g, n, true) : FN(sum_block)(p, g, n, false);
+    sum = b ? FN(gather)(sum, part) : part;
   }
   sum = FN(usable)(sum);
   for (int64_t b = 0; b < FN(block_count)(task); b++) {

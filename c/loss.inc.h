@@ -151,10 +151,10 @@ static void FN(dot_targets)(const struct pl_task *task, int64_t r, const REAL *x
       FN(add_targets)(&sums[0], &sums[1], &sums[2], tail, targets, top);
     }
     part.hi = FN(join_lanes)(&sums[0], &part.lo);
-    *mass = FN(plus)(*mass, part);
+    *mass = b ? FN(gather)(*mass, part) : part;
     part.hi = FN(join_lanes)(&sums[1], &part.lo);
     part.lo += FN(join_lanes)(&sums[2], &low_lo);
-    *dot = FN(plus)(*dot, part);
+    *dot = b ? FN(gather)(*dot, part) : part;
   }
 }
 

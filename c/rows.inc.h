@@ -63,6 +63,15 @@ INLINE struct FN(pair) FN(times)(struct FN(pair) a, struct FN(pair) b)
   return (struct FN(pair)){hi, lo};
 }
 
+/* The sum of blocks so far and one more. A low part that only grew would be rounded itself: 2^19 blocks took 4 ulp of the
+ * logarithm of their sum. */
+static inline struct FN(pair) FN(gather)(struct FN(pair) sum, struct FN(pair) more)
+{
+  struct FN(pair) s = FN(plus)(sum, more);
+  if (FN(finite)(s.hi)) s.hi = FN(fast_two_sum)(s.hi, s.lo, &s.lo);
+  return s;
+}
+
 static inline REAL FN(rounded)(struct FN(pair) a)
 {
   return FN(finite)(a.hi) ? a.hi + a.lo : a.hi;
@@ -574,8 +583,8 @@ static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r,
   const REAL origin = FN(finite)(max) ? max : 0;
   int64_t count = n;
   if (task->labels.data) {
-    const int64_t label = FN(label)(task, r, 0) - first;
-    if (label >= 0 && label < n) s.target = x[label];
+    const int64_t label = FN(label)(task, r, 0); /* an ignored one may be any number */
+    if (label >= first && label < first + n) s.target = x[label - first];
   }
   /* with a maximum there are some, and how many matters for the smoothing only */
   if (where && (task->losses.label_smoothing || !FN(finite)(max)))
@@ -623,8 +632,10 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
     others_lo += blocks[b].sum_lo;
     const REAL term = others * factor;
     const REAL term_lo = FMA(others, factor, -term) + (others * factor_lo + others_lo * factor);
-    row.sum = FN(two_sum)(row.sum, term / EXP_SCALE, &lo);
-    row.sum_lo += lo + term_lo / EXP_SCALE;
+    const struct FN(pair) so_far = {row.sum, row.sum_lo}, more = {term / EXP_SCALE, term_lo / EXP_SCALE};
+    const struct FN(pair) sum = FN(gather)(so_far, more);
+    row.sum = sum.hi;
+    row.sum_lo = sum.lo;
     row.dot += factor == 0 ? 0 : factor * (blocks[b].dot - distance * others) / EXP_SCALE;
   }
   return row;
@@ -640,8 +651,8 @@ static struct FN(spread) FN(join_spreads)(const struct FN(row) * blocks, int64_t
     REAL lo;
     const REAL move = FN(two_sum)(origin, FN(finite)(blocks[b].max) ? -blocks[b].max : 0, &lo);
     const struct FN(pair) moved = FN(times)(block->mass, (struct FN(pair)){move, lo});
-    s.dot = FN(plus)(s.dot, FN(plus)(block->dot, moved));
-    s.mass = FN(plus)(s.mass, block->mass);
+    s.dot = FN(gather)(s.dot, FN(plus)(block->dot, moved));
+    s.mass = FN(gather)(s.mass, block->mass);
     s.target += block->target;
     s.count += block->count;
   }

@@ -29,6 +29,7 @@ static struct FN(temperature) FN(invert)(const struct pl_task *task)
   const REAL temperature = task->losses.softcap ? 1 : (REAL)task->temperature; /* that of a softcap comes before it */
   t.inverse = 1 / temperature;
   t.inverse_lo = FMA(-temperature, t.inverse, 1) * t.inverse;
+  if (!FN(finite)(t.inverse)) t = (struct FN(temperature)){NUMBER_MAX, 0}; /* a subnormal temperature: 0 times it must be 0 */
   return t;
 }
 
@@ -126,8 +127,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   for (int64_t i = 0; i < batch; i++) {
     slots[i].dot = 0;
     FN(give_room)(&slots[i], scratch, i * row_size);
-    slots[i].top_index = top_index + i * kept;
-    slots[i].top_x = top_x + i * kept;
+    slots[i].top_index = top_index ? top_index + i * kept : NULL;
+    slots[i].top_x = top_x ? top_x + i * kept : NULL;
   }
   for (int64_t r = begin; r < end && bad != -2; r += batch) {
     const int64_t rows = end - r < batch ? end - r : batch;

@@ -22,6 +22,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, overload, register_model
@@ -677,6 +678,13 @@ def plus(a, b):
 
 
 @inlined
+def gather(total, more):
+    hi, lo = plus(total, more)
+    whole, rest = fast_two_sum(hi, lo)
+    return select(finite(hi), whole, hi), select(finite(hi), rest, lo)
+
+
+@inlined
 def times(a, b):
     hi = a[0] * b[0]
     return hi, fma(a[0], b[0], -hi) + fma(a[0], b[1], a[1] * b[0])
@@ -1056,8 +1064,7 @@ def join_blocks(blocks, t):
         others_lo += blocks[b, 2]
         term = others * factor
         term_lo = fma(others, factor, -term) + (others * factor_lo + others_lo * factor)
-        total, lo = two_sum(total, term / k.exp_scale)
-        total_lo += lo + term_lo / k.exp_scale
+        total, total_lo = gather((total, total_lo), (term / k.exp_scale, term_lo / k.exp_scale))
         dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others) / k.exp_scale
     return maximum, total, total_lo, dot
 
@@ -1181,8 +1188,8 @@ def join_spreads(blocks, spreads, maximum):
     for b in range(len(blocks)):
         block = spread_at(spreads, b)
         move = two_sum(origin, -blocks[b, 0] if finite(blocks[b, 0]) else k.zero)
-        dot = plus(dot, plus(block.dot, times(block.mass, move)))
-        mass = plus(mass, block.mass)
+        dot = gather(dot, plus(block.dot, times(block.mass, move)))
+        mass = gather(mass, block.mass)
         target += block.target
         count += block.count
     return Spread(target, count, mass, dot)
@@ -1256,7 +1263,7 @@ def dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x
         if logits.shape[1] > k.block:
             staged = stage(logits, where, r, first, x, cap)
         part_dot, part_mass = weigh_block(staged, targets_at(probabilities, where, weight, r, first, q), maximum)
-        dot, mass = plus(dot, part_dot), plus(mass, part_mass)
+        dot, mass = (gather(dot, part_dot), gather(mass, part_mass)) if first else (part_dot, part_mass)
     return dot, mass
 
 
@@ -1738,7 +1745,7 @@ def backward_rows(results, grad, log, out, begin, end):
                     low[c] = fma(g[c], p[c], -product[c])
                 hi, lo = sum_of(product, n)
                 part = hi, lo + sum_of(low, n)[0]
-            total = plus(total, part)
+            total = gather(total, part) if first else part
         total = total[0], total[1] if finite(total[0]) else k.zero
         for first in range(0, classes, k.block):
             if classes > k.block:
@@ -2066,21 +2073,39 @@ def _signature(function, real):
 @cache
 def compiled(function, dtype, parallel):
     """The machine code of an operation: its entry point, which takes arrays of any strides."""
+    return callable_from_jit(function, dtype, parallel).compile(_signature(function, numba.from_dtype(dtype)))
+
+
+def callable_from_jit(function, dtype, parallel=False):
+    """The same as compiled code can call it, which links the machine code that is there."""
+    with global_compiler_lock:  # threads that come at once wait for one to compile
+        return _compiled_once(function, dtype, parallel)
+
+
+@cache
+def _compiled_once(function, dtype, parallel):
     dispatcher = njit(parallel=parallel, **OPTIONS)(function)
     with suppress(RuntimeError, OSError):  # no directory to write to: no cache
         dispatcher._cache = _Cache(function, parallel)
-    return dispatcher.compile(_signature(function, numba.from_dtype(dtype)))
+    dispatcher.compile(_signature(function, numba.from_dtype(dtype)))
+    dispatcher.disable_compile()  # for other types: these are for all
+    return dispatcher
 
 
 # ---- threads ----
 
-# Numba's workqueue layer aborts the process when a second thread enters it, and neither it nor
-# OpenMP survives a fork: a call beside a parallel one, and every call in a forked child, is serial.
-# The bits are the same.
+# Numba's workqueue layer aborts the process when a second thread enters it: a call beside a parallel one
+# is serial. The bits are the same.
 _parallel = threading.Lock()
-_forked = threading.Event()
+
+# A child could not finish what another thread was compiling at the fork, and would wait for it: the fork
+# waits instead.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked.set)
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 PIECES_PER_THREAD = 8  # so that a thread that is held up does not hold up the others
 PIECE_ROWS = 16  # a whole tile of floats
@@ -2089,7 +2114,7 @@ PIECE_ROWS = 16  # a whole tile of floats
 def _run(function, threads, logits, *arguments):
     rows = logits.shape[0] * logits.shape[2]
     threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
-    if threads > 1 and not _forked.is_set() and _parallel.acquire(blocking=False):
+    if threads > 1 and _parallel.acquire(blocking=False):
         try:
             return _run_parallel(compiled(function, logits.dtype, True), threads, rows, logits, *arguments)
         finally:

@@ -73,6 +73,27 @@ def test_interrupt(monkeypatch):
     np.testing.assert_array_equal(pylogits.softmax(x)[7], pylogits.softmax(ROW))
 
 
+def test_interrupt_of_8_gib(python):
+    """The whole of it, with a real signal; prints how long it took to be seen."""
+    done = python("""
+import os, signal, threading, time
+import numpy as np, pylogits
+x = np.zeros((2**21, 1024), np.float32)
+pylogits.logsumexp(x[:1000])
+sent = []
+def send():
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.3, send).start()
+try:
+    pylogits.logsumexp(x)
+except KeyboardInterrupt:
+    print(time.perf_counter() - sent[0])
+""")
+    assert done.returncode == 0, done.stderr
+    print(f"Ctrl-C was seen after {float(done.stdout):.3f} s")
+
+
 # More than 2^31 elements. Strides of 0 make them from a few.
 
 
