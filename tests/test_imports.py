@@ -12,7 +12,7 @@ KERNELS = ROOT / "kernels"
 
 # A module imports from layers below its own.
 LAYERS = (
-    ("__main__",),
+    ("__main__", "_numba_extension"),
     ("__init__", "cli"),
     ("activations", "losses", "linear", "scoring"),
     ("_problem",),
