@@ -63,6 +63,20 @@ def _load(name: str) -> tuple[Backend, ModuleType]:
     return _loaded[name]
 
 
+# No thread but the forking one survives a fork, and a child that entered a team of OpenMP's or Numba's threads would wait for
+# them for ever. Watched from here, as the backend may be imported in the child only.
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 def _check_name(name: object, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}, not {name!r}")
@@ -117,7 +131,7 @@ def get_num_threads() -> int:
     """The number of threads that a large call uses.
 
     It is what `set_num_threads` or the environment variable PYLOGITS_NUM_THREADS set; else the number of cores that the
-    process may use, lowered by OMP_NUM_THREADS or by `threadpoolctl`.
+    process may use, lowered by OMP_NUM_THREADS or by `threadpoolctl`. In a forked child it is always 1.
 
     Returns
     -------
@@ -130,6 +144,8 @@ def get_num_threads() -> int:
     >>> pylogits.get_num_threads() >= 1
     True
     """
+    if _forked:
+        return 1
     if _num_threads is not None:
         return _num_threads
     if is_available(TABLE[0]):

@@ -1,7 +1,6 @@
-"""Choosing a backend, an instruction set and threads: switches, environment, forks."""
+"""Choosing a backend, an instruction set and threads: switches, environment."""
 
 import json
-import os
 import threading
 
 import numpy as np
@@ -84,27 +83,6 @@ def test_backends_of_threads_are_their_own():
         checked.set()
         thread.join()
     assert seen == {"main": "reference", "other": "numba"}
-
-
-def test_many_threads_at_once(backend):
-    """Calls from Python threads do not disturb one another."""
-    case = Case("softmax", "float32", (300, 1000))
-    arguments = case.arguments()
-    expected = pylogits.softmax(**arguments)
-    results = [None] * 8
-
-    def work(i):
-        with pylogits.use_backend(backend):
-            for _ in range(5):
-                results[i] = pylogits.softmax(**arguments)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        np.testing.assert_array_equal(result, expected)
 
 
 # Instruction sets.
@@ -235,37 +213,3 @@ def test_environment_names_what_there_is(python):
     assert "c, numba, reference" in refusal(python, PYLOGITS_BACKEND="fortran")
     if "c" in pylogits.show_config()["backends"]:
         assert "scalar" in refusal(python, PYLOGITS_ISA="sse9")
-
-
-# Forks.
-
-
-FORK = """
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # fork among threads is the point
-import numpy as np, pylogits
-
-logits = np.random.default_rng(0).standard_normal((600, 1000)).astype(np.float32)
-pylogits.set_num_threads(2)
-expected = pylogits.softmax(logits)
-children = []
-for _ in range(3):
-    child = os.fork()
-    if not child:
-        same = np.array_equal(pylogits.softmax(logits), expected)
-        os._exit(0 if same else 1)
-    children.append(child)
-statuses = [os.waitpid(child, 0)[1] for child in children]
-assert statuses == [0, 0, 0], statuses
-assert np.array_equal(pylogits.softmax(logits), expected)
-print("done")
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("name", NAMES)
-def test_forked_children_work(python, name):
-    if name not in pylogits.show_config()["backends"]:
-        pytest.skip(f"{name} is not available")
-    done = python(FORK, PYLOGITS_BACKEND=name)
-    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
