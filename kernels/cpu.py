@@ -2073,7 +2073,8 @@ def _signature(function, real):
 @cache
 def compiled(function, dtype, parallel):
     """The machine code of an operation: its entry point, which takes arrays of any strides."""
-    return callable_from_jit(function, dtype, parallel).compile(_signature(function, numba.from_dtype(dtype)))
+    (result,) = callable_from_jit(function, dtype, parallel).overloads.values()
+    return result.entry_point
 
 
 def callable_from_jit(function, dtype, parallel=False):

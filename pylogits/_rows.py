@@ -89,15 +89,20 @@ def check_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
     axes = axis if isinstance(axis, tuple) else (axis,)
-    return normalize_axis_tuple([operator.index(one) for one in axes], ndim, "axis")
+    return normalize_axis_tuple([_axis_number(one) for one in axes], ndim, "axis")
 
 
 def check_single_axis(axis: SupportsIndex, ndim: int) -> int:
     try:
-        number = operator.index(axis)
+        number = _axis_number(axis)
     except TypeError:
         raise TypeError(f"axis must be an int, not {axis!r}") from None
     return normalize_axis_index(number, ndim, "axis")
+
+
+def _axis_number(axis: SupportsIndex) -> int:
+    """An axis as an int. NumPy has an OverflowError for one beyond C's int, whose bounds are out of bounds, too."""
+    return max(-(2**31), min(operator.index(axis), 2**31 - 1))
 
 
 def check_real(value: Any, name: str, dtype: np.dtype[Any], bounds: str = "finite") -> float:
@@ -275,7 +280,8 @@ def _as_pieces(
         dtype = array.dtype if array is not logits and array.dtype.kind in "bi" else work
         part = last(array)[index]
         classes = math.prod(part.shape[part.ndim - len(axes) :])
-        return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
+        with np.errstate(all="ignore"):  # what a narrower dtype can't hold is infinite in it
+            return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
 
     inputs = operands.inputs
     row_bytes = math.prod(logits.shape[axis] for axis in axes) * work.itemsize
@@ -300,8 +306,9 @@ def _as_pieces(
 
 def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
     good = piece.call(kernel)
-    for target, result in zip(targets, piece.outputs, strict=True):
-        target[...] = result.reshape(target.shape)
+    with np.errstate(all="ignore"):
+        for target, result in zip(targets, piece.outputs, strict=True):
+            target[...] = result.reshape(target.shape)
     return good
 
 
@@ -313,10 +320,10 @@ def run_contiguous(
 ) -> Any:
     """The common case of an operation, straight into C; None where it isn't the common case.
 
-    That is C-contiguous logits, class axis last, no options, and int64 labels for the operation that has them. What may be
-    wrong with anything else, the general way says.
+    That is C-contiguous logits, class axis last, no options, and int64 labels for the operation that has them; or an `out` for
+    one that has none. What may be wrong with anything else, the general way says.
     """
-    if where is not None or out is not None or type(axis) is not int or type(temperature) is not float:
+    if where is not None or type(axis) is not int or type(temperature) is not float:
         return None
     if axis != -1 or temperature != 1.0 or type(logits) is not np.ndarray:
         return None
@@ -332,14 +339,23 @@ def run_contiguous(
         type(labels) is np.ndarray and labels.dtype is _INT64 and labels.flags.carray and labels.shape == rows
     ):
         return None
+    if out is not None and not (
+        labels is None
+        and type(out) is np.ndarray
+        and out.dtype is dtype
+        and out.flags.carray
+        and out.shape == rows
+        and (out is logits or not np.may_share_memory(out, logits))
+    ):
+        return None
     module, threads = _dispatch.select(dtype, size)
     if module.__name__ != _dispatch.C_MODULE:
         return None
-    result = np.empty(rows, dtype)
+    result = np.empty(rows, dtype) if out is None else out
     status = module.run_contiguous(operation, dtype, logits, labels, result, size, shape[-1], threads)
     if status != -1 and labels is not None:
         raise_bad_label(labels, "label", shape[-1])
-    return result if rows else result[()]
+    return result if rows or out is not None else result[()]
 
 
 def same_memory(a: Array, b: Array) -> bool:
