@@ -28,6 +28,18 @@ run: $(VENV)/installed  ## score the digits logits in examples/ and show the wor
 test: $(VENV)/installed  ## all tests
 	$(BIN)/pytest
 
+.PHONY: fuzz
+fuzz: $(VENV)/installed  ## a million hostile calls of every public function
+	PYLOGITS_FUZZ_EXAMPLES=1000000 $(BIN)/pytest tests/test_fuzz.py
+
+.PHONY: soak
+soak: $(VENV)/installed  ## ten minutes of mixed calls from many threads (NUMBA_THREADING_LAYER=omp picks Numba's threads)
+	$(BIN)/python bench/soak.py --seconds 600
+
+.PHONY: huge
+huge: $(VENV)/installed  ## more than 2^31 elements, as many rows and as one: needs 20 GiB and ten minutes
+	PYLOGITS_HUGE=1 $(BIN)/pytest tests/test_large.py --durations=0
+
 .PHONY: lint
 lint: $(VENV)/installed  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
@@ -63,7 +75,8 @@ peers: $(VENV)/installed  ## install torch, JAX, SciPy and onnxruntime for the b
 
 # ---- the C backend without Python ----
 
-C_FLAGS := -std=gnu11 -Ic -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
+OPTIMISE := -O3
+C_FLAGS := -std=gnu11 -Ic $(OPTIMISE) -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror
 C_SOURCES := $(wildcard c/*.c c/*.h)
 CROSS := aarch64-linux-gnu
 
@@ -75,13 +88,67 @@ c-test: $(BUILD)/native/test_kernels  ## the C test program on this machine: one
 neon: $(BUILD)/neon/test_kernels  ## the same, cross-compiled for 64-bit Arm, under qemu-user (on one thread: OpenMP hangs there)
 	qemu-aarch64 -L /usr/$(CROSS) $<
 
-$(BUILD)/native/test_kernels: $(C_SOURCES)
+.PHONY: qemu
+qemu: $(BUILD)/native/test_kernels  ## the same on two emulated x86-64 CPUs: without AVX, and with AVX2
+	OMP_THREAD_LIMIT=1 qemu-x86_64 -cpu Nehalem $<
+	OMP_THREAD_LIMIT=1 qemu-x86_64 -cpu Haswell $<
+
+.PHONY: sanitize
+sanitize: $(BUILD)/sanitize/test_kernels $(BUILD)/sanitize/stress  ## the C programs under GCC's ASan, UBSan and LSan
+	$(BUILD)/sanitize/test_kernels > /dev/null
+	$(BUILD)/sanitize/stress $(ROUNDS)
+
+# GCC's OpenMP is not instrumented: ThreadSanitizer does not see how it hands work over, and would take every team for a race.
+# Without OpenMP what is judged is the library's own: the instruction set in use, and calls beside each other.
+.PHONY: tsan
+tsan: $(BUILD)/tsan/stress  ## calls from many threads at once under TSan
+	$< $(ROUNDS)
+
+# Valgrind has no AVX-512, and does not show it to programs. It computes long double in 64 bits, so that the test program's own
+# comparison (status 1) means nothing: only what Valgrind finds counts. It runs one thread at a time, and OpenMP's would wait in
+# vain for each other.
+MEMCHECK := OMP_THREAD_LIMIT=1 valgrind --quiet --leak-check=full --error-exitcode=99
+
+.PHONY: valgrind
+valgrind: $(BUILD)/native/test_kernels $(BUILD)/native/stress  ## the C programs under Valgrind's memcheck
+	$(MEMCHECK) --log-fd=9 $(BUILD)/native/test_kernels 9>&2 > /dev/null 2>&1; test $$? -le 1
+	$(MEMCHECK) $(BUILD)/native/stress $(ROUNDS) avx2
+	$(MEMCHECK) $(BUILD)/native/stress $(ROUNDS) scalar
+
+.PHONY: fuzz-c
+fuzz-c: $(BUILD)/fuzz/fuzz  ## random tasks by libFuzzer under Clang's ASan and UBSan, for ten minutes (SECONDS=60 for one)
+	$< -max_total_time=$(SECONDS) -artifact_prefix=$(BUILD)/fuzz/ $(FUZZ_FLAGS)
+
+ROUNDS := 20
+SECONDS := 600
+# Inputs are so long from the start: most of a task's options come late in it.
+FUZZ_FLAGS := -max_len=64 -len_control=0 -print_final_stats=1
+
+# What a checker looks at is built without optimisation, which would take most of the time. The fuzzer is not told of
+# comparisons: that took half of its time, and there is nothing to find by them.
+$(BUILD)/native/%: BUILD_FLAGS := -g -fopenmp
+$(BUILD)/sanitize/%: BUILD_FLAGS := -O0 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
+$(BUILD)/tsan/%: BUILD_FLAGS := -O0 -g -fsanitize=thread
+$(BUILD)/fuzz/%: BUILD_FLAGS := -O0 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	-fno-sanitize-coverage=trace-cmp
+$(BUILD)/fuzz/%: CC := clang
+
+%/scalar.o: ISA_FLAGS := -fno-tree-vectorize
+%/avx2.o: ISA_FLAGS := -mavx2 -mfma
+%/avx512.o: ISA_FLAGS := -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+
+X86_BUILDS := $(addprefix $(BUILD)/,native sanitize tsan fuzz)
+
+$(foreach build,$(X86_BUILDS),$(build)/scalar.o $(build)/avx2.o $(build)/avx512.o): c/kernel.c $(wildcard c/*.h)
 	mkdir -p $(@D)
-	$(CC) $(C_FLAGS) -fno-tree-vectorize -DPL_ISA=scalar -c c/kernel.c -o $(@D)/scalar.o
-	$(CC) $(C_FLAGS) -mavx2 -mfma -DPL_ISA=avx2 -c c/kernel.c -o $(@D)/avx2.o
-	$(CC) $(C_FLAGS) -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -DPL_ISA=avx512 \
-		-c c/kernel.c -o $(@D)/avx512.o
-	$(CC) $(C_FLAGS) -fopenmp c/dispatch.c c/test_kernels.c $(@D)/*.o -lm -o $@
+	$(CC) $(C_FLAGS) $(BUILD_FLAGS) $(ISA_FLAGS) -DPL_ISA=$(basename $(@F)) -c c/kernel.c -o $@
+
+# A program of c/: test_kernels, stress or fuzz.
+define program
+$(1)/$(2): c/dispatch.c c/$(2).c $(1)/scalar.o $(1)/avx2.o $(1)/avx512.o
+	$$(CC) $$(C_FLAGS) $$(BUILD_FLAGS) $$^ -lm -o $$@
+endef
+$(foreach build,$(X86_BUILDS),$(foreach name,test_kernels stress fuzz,$(eval $(call program,$(build),$(name)))))
 
 $(BUILD)/neon/test_kernels: $(C_SOURCES)
 	mkdir -p $(@D)
