@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -49,12 +50,14 @@ class Total:
         """Count what has been put into the room that was given last."""
         self._filled += numbers.size
         if self._filled >= ROWS_AT_A_TIME:
-            self._sum += self._pending[:ROWS_AT_A_TIME].sum(dtype=self._sum.dtype)
+            with np.errstate(all="ignore"):
+                self._sum += self._pending[:ROWS_AT_A_TIME].sum(dtype=self._sum.dtype)
             self._filled -= ROWS_AT_A_TIME
             self._pending[: self._filled] = self._pending[ROWS_AT_A_TIME : ROWS_AT_A_TIME + self._filled]
 
     def sum(self) -> Any:
-        return self._sum + self._pending[: self._filled].sum(dtype=self._sum.dtype)
+        with np.errstate(all="ignore"):
+            return self._sum + self._pending[: self._filled].sum(dtype=self._sum.dtype)
 
 
 class Problem(NamedTuple):
@@ -111,7 +114,8 @@ class Problem(NamedTuple):
 
     def per_row(self, array: Array | None) -> Array | None:
         """An array over the rows as a kernel takes it."""
-        return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
+        with np.errstate(all="ignore"):  # what a narrower dtype can't hold is infinite in it
+            return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
 
     def labels(self) -> Array | None:
         return np.ascontiguousarray(self.targets, np.int64).reshape(self.rows) if self.hard else None
@@ -143,7 +147,8 @@ class Problem(NamedTuple):
     def reduce(self, total: Total) -> Array:
         """The sum of the losses over the denominator."""
         if self.denominator:
-            return np.asarray(total.sum() / self.denominator, self.dtype)
+            with np.errstate(all="ignore"):
+                return np.asarray(total.sum() / self.denominator, self.dtype)
         if self.reduction == "mean":
             message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
             warnings.warn(message, RuntimeWarning, stacklevel=5)
@@ -208,12 +213,15 @@ def check_problem(
         options,
         reduction,
     )
-    for _, _, part in problem.parts():
-        if hard and not _labels_are_good(part, classes):
-            _raise_bad_label(problem, classes)
-        if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
-            _raise_not_finite(problem.sample_weight, "sample_weight", real)
-    denominator = _denominator(problem)
+    try:
+        for _, _, part in problem.parts():
+            if hard and not _labels_are_good(part, classes):
+                _raise_bad_label(problem, classes)
+            if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
+                _raise_not_finite(problem.sample_weight, "sample_weight", real)
+        denominator = _denominator(problem)
+    except IndexError:  # by another thread, after it was checked
+        raise ValueError("a target changed while it was read") from None
     scale = _scale(denominator or 1.0, options.temperature, real)
     return problem._replace(options=options._replace(scale=scale), denominator=denominator)
 
@@ -238,18 +246,22 @@ def _denominator(problem: Problem) -> float:
     for _, _, part in problem.parts():
         numbers, counted = total.room(part.rows), part.counted()
         numbers[...] = 1 if counted is None else counted
-        if part.sample_weight is not None:
-            numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
-        if weight is not None:
-            numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
+        with np.errstate(all="ignore"):
+            if part.sample_weight is not None:
+                numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
+            if weight is not None:
+                numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
         total.add(numbers)
-    return float(total.sum())
+    denominator = float(total.sum())
+    if not math.isfinite(denominator):
+        raise ValueError(f"a mean needs weights with a finite sum, not {denominator}")
+    return denominator
 
 
 @lru_cache(maxsize=64)
 def _scale(denominator: float, temperature: float, dtype: np.dtype[Any]) -> tuple[float, float]:
     """1 / (denominator * temperature) as the sum of two numbers of a dtype."""
-    greatest = Fraction(float(np.finfo(dtype).max))
+    greatest = Fraction(min(float(np.finfo(dtype).max), sys.float_info.max))
     number = max(-greatest, min(greatest, 1 / (Fraction(denominator) * Fraction(temperature))))
     high = float(dtype.type(float(number)))
     return high, float(dtype.type(float(number - Fraction(high))))
@@ -293,7 +305,7 @@ def _raise_bad_label(problem: Problem, classes: int) -> NoReturn:
     if counted is not None:
         bad &= counted
     complaint = f"is outside [0, {classes})"
-    if not bad.any():
+    if problem.where is not None and not bad.any():
         bad = _masked_labels(problem, targets if counted is None else np.where(counted, targets, 0))
         complaint = "is masked out by where, in a row with other classes"
     index = tuple(int(i) for i in np.argwhere(bad)[0])

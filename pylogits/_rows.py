@@ -301,7 +301,7 @@ def _as_pieces(
             [copy(array, index) for array in operands.outputs],
             [per_row(array) for array in operands.row_outputs],
         )
-        yield piece, [last(array)[index] for array in operands.outputs]
+        yield piece, [last(array)[(*index, ...)] for array in operands.outputs]  # never a scalar
 
 
 def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:

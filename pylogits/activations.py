@@ -188,7 +188,7 @@ def _backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out
     array, slopes = _rows.to_numpy(result, name), _rows.to_numpy(grad, "grad")
     dtype = _rows.check_floats(array, name)
     if _rows.check_floats(slopes, "grad") != slopes.dtype.newbyteorder("="):
-        slopes = slopes.astype(dtype)  # integers
+        slopes = slopes.astype(_rows.row_dtype(dtype))  # integers
     if slopes.shape != array.shape:
         raise ValueError(f"grad must have the shape of {name}, {array.shape}, not {slopes.shape}")
     return _rows.run_full(operation, result, array, slopes, axis, out)

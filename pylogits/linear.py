@@ -180,7 +180,7 @@ def _linear_cross_entropy(
     inputs: Any, linear_weight: Any, linear_bias: Any, targets: Any, out: Any, differentiate: bool, **options: Any
 ) -> tuple[Any, Any]:
     given = {"inputs": inputs, "linear_weight": linear_weight, "linear_bias": linear_bias}
-    arrays = {name: _rows.to_numpy(value, name) for name, value in given.items() if value is not None}
+    arrays = {name: _rows.to_numpy(value, name) for name, value in given.items() if name != "linear_bias" or value is not None}
     dtypes = {name: _rows.check_floats(array, name) for name, array in arrays.items()}
     x, w, bias = arrays["inputs"], arrays["linear_weight"], arrays.get("linear_bias")
     if w.ndim != 2:
@@ -197,12 +197,14 @@ def _linear_cross_entropy(
     grads = {name: np.zeros(array.shape, dtype) for name, array in arrays.items()} if differentiate else {}
     losses = np.zeros(problem.rows, dtype)
     layer = _Layer(x.reshape(losses.size, w.shape[1]), w, bias, dtype, problem)
-    for rows in layer.row_tiles():
-        losses.reshape(-1)[rows] = layer.run(rows, grads)
-    if not problem.denominator:
-        for grad in grads.values():
-            grad[...] = 0
-    answers = {name: _rows.deliver(given[name], grad.astype(dtypes[name], copy=False), None) for name, grad in grads.items()}
+    with np.errstate(all="ignore"):  # infinities and NaN pass, as everywhere
+        for rows in layer.row_tiles():
+            losses.reshape(-1)[rows] = layer.run(rows, grads)
+        if not problem.denominator:
+            for grad in grads.values():
+                grad[...] = 0
+        slopes = {name: grad.astype(dtypes[name], copy=False) for name, grad in grads.items()}
+    answers = {name: _rows.deliver(given[name], slope, None) for name, slope in slopes.items()}
     if problem.reduction != "none":
         losses = problem.reduce(Total.of(losses))
     result = _rows.deliver(inputs, losses, out)

@@ -54,7 +54,7 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     dtype = _rows.check_floats(array, "logits")
     weights = _rows.to_numpy(labels, "labels")
     if _rows.check_floats(weights, "labels") != weights.dtype.newbyteorder("="):
-        weights = weights.astype(dtype)  # a one-hot array of integers
+        weights = weights.astype(_rows.row_dtype(dtype))  # a one-hot array of integers
     number = _rows.check_single_axis(axis, array.ndim) - array.ndim
     try:
         shape = np.broadcast_shapes(array.shape, weights.shape)
@@ -145,7 +145,7 @@ def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: An
             (number,),
             _rows.Operands(
                 [array],
-                row_inputs=[np.ascontiguousarray(classes, np.int64)],
+                row_inputs=[np.asarray(classes, np.int64, order="C")],
                 row_outputs=[result],
             ),
         )
