@@ -694,6 +694,8 @@ def times(a, b):
 def invert(temperature):
     k = constants(temperature)
     inverse = k.one / temperature
+    if not finite(inverse):
+        return k.most, k.zero
     return inverse, fma(-temperature, inverse, k.one) * inverse
 
 

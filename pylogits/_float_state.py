@@ -1,4 +1,4 @@
-"""The floating-point state that results are computed in: round to nearest, subnormals kept.
+"""The floating-point state that results are computed in: round to nearest, subnormals kept, infinities and NaN no errors.
 
 A caller, or a library built with -ffast-math, may have set another. C kernels take care of their threads by themselves.
 """
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
+
+import numpy as np
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -39,20 +41,19 @@ def _is_standard() -> bool:
 
 def standard_arithmetic(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Run a function in the standard state, and leave the caller's as it was."""
-    if _FUNCTIONS is None:
-        return function
-    get, put = _FUNCTIONS
 
     @wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if _is_standard():
-            return function(*args, **kwargs)
-        saved = _Environment()
-        get(saved)
-        put(-1)  # FE_DFL_ENV
-        try:
-            return function(*args, **kwargs)
-        finally:
-            put(saved)
+        with np.errstate(all="ignore"):
+            if _FUNCTIONS is None or _is_standard():
+                return function(*args, **kwargs)
+            get, put = _FUNCTIONS
+            saved = _Environment()
+            get(saved)
+            put(-1)  # FE_DFL_ENV
+            try:
+                return function(*args, **kwargs)
+            finally:
+                put(saved)
 
     return wrapper

@@ -50,14 +50,12 @@ class Total:
         """Count what has been put into the room that was given last."""
         self._filled += numbers.size
         if self._filled >= ROWS_AT_A_TIME:
-            with np.errstate(all="ignore"):
-                self._sum += self._pending[:ROWS_AT_A_TIME].sum(dtype=self._sum.dtype)
+            self._sum += self._pending[:ROWS_AT_A_TIME].sum(dtype=self._sum.dtype)
             self._filled -= ROWS_AT_A_TIME
             self._pending[: self._filled] = self._pending[ROWS_AT_A_TIME : ROWS_AT_A_TIME + self._filled]
 
     def sum(self) -> Any:
-        with np.errstate(all="ignore"):
-            return self._sum + self._pending[: self._filled].sum(dtype=self._sum.dtype)
+        return self._sum + self._pending[: self._filled].sum(dtype=self._sum.dtype)
 
 
 class Problem(NamedTuple):
@@ -114,8 +112,7 @@ class Problem(NamedTuple):
 
     def per_row(self, array: Array | None) -> Array | None:
         """An array over the rows as a kernel takes it."""
-        with np.errstate(all="ignore"):  # what a narrower dtype can't hold is infinite in it
-            return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
+        return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
 
     def labels(self) -> Array | None:
         return np.ascontiguousarray(self.targets, np.int64).reshape(self.rows) if self.hard else None
@@ -147,8 +144,7 @@ class Problem(NamedTuple):
     def reduce(self, total: Total) -> Array:
         """The sum of the losses over the denominator."""
         if self.denominator:
-            with np.errstate(all="ignore"):
-                return np.asarray(total.sum() / self.denominator, self.dtype)
+            return np.asarray(total.sum() / self.denominator, self.dtype)
         if self.reduction == "mean":
             message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
             warnings.warn(message, RuntimeWarning, stacklevel=5)
@@ -246,11 +242,10 @@ def _denominator(problem: Problem) -> float:
     for _, _, part in problem.parts():
         numbers, counted = total.room(part.rows), part.counted()
         numbers[...] = 1 if counted is None else counted
-        with np.errstate(all="ignore"):
-            if part.sample_weight is not None:
-                numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
-            if weight is not None:
-                numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
+        if part.sample_weight is not None:
+            numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
+        if weight is not None:
+            numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
         total.add(numbers)
     denominator = float(total.sum())
     if not math.isfinite(denominator):
@@ -334,14 +329,12 @@ def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
 
 
 def _all_finite(array: Array, dtype: np.dtype[Any]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(array.astype(dtype, copy=False)).all())
+    return bool(np.isfinite(array.astype(dtype, copy=False)).all())
 
 
 def _raise_not_finite(array: Array | None, name: str, dtype: np.dtype[Any]) -> NoReturn:
     assert array is not None
-    with np.errstate(over="ignore"):
-        bad = ~np.isfinite(array.astype(dtype, copy=False))
+    bad = ~np.isfinite(array.astype(dtype, copy=False))
     index = tuple(int(i) for i in np.argwhere(bad)[0])
     place = f" at index {index}" if index else ""
     raise ValueError(f"{name} {array[index]}{place} is not finite in {dtype}")

@@ -113,8 +113,7 @@ def check_real(value: Any, name: str, dtype: np.dtype[Any], bounds: str = "finit
         rounded = float(value)
     else:
         try:
-            with np.errstate(over="ignore", under="ignore"):
-                rounded = float(dtype.type(value))
+            rounded = float(dtype.type(value))
         except OverflowError:  # an int beyond every float
             rounded = math.inf
     allowed = {"finite": True, "positive and finite": rounded > 0, "in [0, 1]": 0 <= value <= 1}
@@ -280,8 +279,7 @@ def _as_pieces(
         dtype = array.dtype if array is not logits and array.dtype.kind in "bi" else work
         part = last(array)[index]
         classes = math.prod(part.shape[part.ndim - len(axes) :])
-        with np.errstate(all="ignore"):  # what a narrower dtype can't hold is infinite in it
-            return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
+        return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
 
     inputs = operands.inputs
     row_bytes = math.prod(logits.shape[axis] for axis in axes) * work.itemsize
@@ -306,9 +304,8 @@ def _as_pieces(
 
 def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
     good = piece.call(kernel)
-    with np.errstate(all="ignore"):
-        for target, result in zip(targets, piece.outputs, strict=True):
-            target[...] = result.reshape(target.shape)
+    for target, result in zip(targets, piece.outputs, strict=True):
+        target[...] = result.reshape(target.shape)
     return good
 
 

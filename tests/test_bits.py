@@ -188,3 +188,15 @@ def test_half_precision_rounds_the_same_bits(op, backend, half):
         (expected,) = run(op, {**arguments, "logits": arguments["logits"].astype(np.float32)})
         (result,) = run(op, arguments)
         assert result.tobytes() == expected.astype(result.dtype).tobytes()
+
+
+@pytest.mark.parametrize("classes", [1, 8, 200, 5000])
+def test_a_temperature_whose_inverse_overflows(classes, backend, dtype):
+    """Rows go by different ways, alone and in numbers."""
+    temperature = float(np.finfo(dtype).smallest_subnormal)
+    x = np.tile(np.resize(np.array([1.0, 0.0, -1.0, 0.5], dtype), classes), (33, 1))
+    for function in (pylogits.softmax, pylogits.log_softmax, pylogits.logsumexp):
+        together = function(x, temperature=temperature)
+        np.testing.assert_array_equal(together[0], function(x[0], temperature=temperature))
+    share = dtype.type(1) / dtype.type((x[0] == 1).sum())
+    np.testing.assert_array_equal(pylogits.softmax(x, temperature=temperature), np.where(x == 1, share, 0))

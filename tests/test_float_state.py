@@ -106,6 +106,17 @@ def test_bits_and_state(backend, dtype, state, libm):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_what_numpy_is_told_to_do_about_errors(backend, dtype):
+    """Overflow, underflow, infinities and NaN are results here."""
+    given = inputs(dtype.type)
+    expected = results(*given)
+    with np.errstate(all="raise"):
+        got = results(*given)
+        assert np.geterr()["over"] == "raise"
+    for a, b in zip(got, expected, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_state_is_kept_by_errors(state, libm):
     state(libm)

@@ -601,7 +601,7 @@ def of_loss(given, expected):
     divisor = divisors.get(reduction, 1) or 1
     loss_grad = np.asarray(1 if given.get("loss_grad") is None else given["loss_grad"])
     loss_grad = np.broadcast_to(abs(bounded(loss_grad.astype(real).astype(np.longdouble))), counted.shape)
-    loss_grad = np.maximum(loss_grad, 1 / np.sqrt(BEYOND))  # what is beyond stays so
+    loss_grad = np.maximum(loss_grad, BEYOND**-0.25)  # what is beyond stays so
     slopes = np.moveaxis(slopes / divisor * loss_grad[..., None], -1, axis)
     return [losses if reduction == "none" else losses.sum() / divisor, slopes][: len(expected)]
 
@@ -617,7 +617,7 @@ def of_linear(given, expected):
         dtype = np.result_type(dtype, _rows.row_dtype(_rows.check_floats(np.asarray(bias), "")))
     losses, slopes = of_loss(given | {"logits": logits.astype(dtype), "axis": -1}, [None, None])
     rows = slopes.reshape(math.prod(slopes.shape[:-1]), slopes.shape[-1])
-    x, w = (np.maximum(abs(bounded(one)), 1 / np.sqrt(BEYOND)) for one in (x, w))  # what is beyond stays so
+    x, w = (np.maximum(abs(bounded(one)), BEYOND**-0.25) for one in (x, w))  # what is beyond stays so
     grads = [slopes @ w, rows.T @ x.reshape(len(rows), w.shape[1])] + ([] if bias is None else [rows.sum(0)])
     return [losses, *grads][: len(expected)]
 
