@@ -8,6 +8,7 @@ looks for changes only in the file of the function that it compiles.
 """
 
 import hashlib
+import itertools
 import operator
 import os
 import pickle
@@ -2083,6 +2084,14 @@ def callable_from_jit(function, dtype, parallel=False):
     """The same as compiled code can call it, which links the machine code that is there."""
     with global_compiler_lock:  # threads that come at once wait for one to compile
         return _compiled_once(function, dtype, parallel)
+
+
+def compile_all():
+    """Everything that a call may want, into Numba's cache: yields what is done."""
+    functions = softmax_pieces, logsumexp_pieces, pick_pieces, dense_pieces, loss_pieces, backward_pieces, score_pieces
+    for function, dtype, parallel in itertools.product(functions, sorted(DTYPES, key=str), (False, True)):
+        compiled(function, dtype, parallel)
+        yield f"{function.__name__.removesuffix('_pieces')} {dtype}, {'threads' if parallel else 'serial'}"
 
 
 @cache

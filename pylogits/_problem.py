@@ -82,8 +82,8 @@ class Problem(NamedTuple):
         return self.rows if self.reduction == "none" else ()
 
     def arrays(self) -> tuple[Array | None, ...]:
-        """All that is read while results are written."""
-        return self.where, self.targets, self.sample_weight, self.loss_grad, self.options.weight
+        """All of the caller's that is read while results are written."""
+        return self.where, self.targets, self.sample_weight, self.loss_grad
 
     def counted(self) -> Array | None:
         """The rows that are not ignored; None for all."""
@@ -325,7 +325,7 @@ def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
         raise ValueError(f"weight must have one entry a class, shape ({classes},), not {array.shape}")
     if not _all_finite(array, dtype):
         _raise_not_finite(array, "weight", dtype)
-    return np.ascontiguousarray(array, dtype)
+    return np.array(array, dtype)  # a copy: gradients may go where it was
 
 
 def _all_finite(array: Array, dtype: np.dtype[Any]) -> bool:

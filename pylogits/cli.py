@@ -1,5 +1,6 @@
 """The ``pylogits`` command: scores files of logits of any size in bounded memory."""
 
+import importlib
 import math
 import os
 import secrets
@@ -433,3 +434,11 @@ def score(
 def config() -> None:
     """Print the backends found and what would be chosen."""
     pylogits.show_config()
+
+
+@app.command()
+def warmup() -> None:
+    """Compile all of Numba's kernels into its cache, for later processes to load."""
+    kernels = importlib.import_module("pylogits.kernels.cpu")
+    for name in kernels.compile_all():
+        typer.echo(name)
