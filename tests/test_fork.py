@@ -191,7 +191,8 @@ def test_gunicorn_preloaded(tmp_path, environment):
         command = [sys.executable, "-m", "gunicorn", "--preload", "--workers=2", f"--bind=fd://{listener.fileno()}"]
         with open(tmp_path / "log", "w") as log:
             server = subprocess.Popen(
-                [*command, f"--chdir={tmp_path}", "application"],
+                [*command, "application"],
+                cwd=tmp_path,  # where it looks for modules, too
                 env={**os.environ, **environment},
                 pass_fds=[listener.fileno()],
                 stderr=log,
