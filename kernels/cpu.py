@@ -1711,6 +1711,9 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             continue
         if labels.size and not 0 <= label < classes:
             out[i, j] = k.nan
+            if grad.size:
+                for c in range(classes):
+                    grad[i, c, j] = k.nan
             continue
         f = finish_row(maximum, total, total_lo)
         if labels.size:
