@@ -1703,17 +1703,13 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             blocks[b, 3] = k.zero
         maximum, total, total_lo, _ = join_blocks(blocks, t)
         spread = join_spreads(blocks, spreads, maximum)
-        if spread.count == k.zero or (labels.size and is_ignored(label, ignored)):
-            out[i, j] = k.zero
+        nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
+        if nothing or (labels.size and not 0 <= label < classes):
+            answer = k.zero if nothing else k.nan
+            out[i, j] = answer
             if grad.size:
                 for c in range(classes):
-                    grad[i, c, j] = k.zero
-            continue
-        if labels.size and not 0 <= label < classes:
-            out[i, j] = k.nan
-            if grad.size:
-                for c in range(classes):
-                    grad[i, c, j] = k.nan
+                    grad[i, c, j] = answer
             continue
         f = finish_row(maximum, total, total_lo)
         if labels.size:

@@ -89,21 +89,21 @@ def _logsumexp(logits, axis=-1):  # type: ignore[no-untyped-def]
     _check_logits(logits, "logsumexp")
     kernel, temperature = _kernel("logsumexp_pieces", logits), _one(logits)
 
-    def of_rows(logits, axis=-1):  # type: ignore[no-untyped-def]
-        _check_axis(axis, logits.ndim)
+    @njit
+    def sums(logits):  # type: ignore[no-untyped-def]
         out = np.full(logits.shape[0], -np.inf, logits.dtype)
         if logits.size:
             rows = _as_rows(logits)
             kernel(rows, _no_mask(rows), temperature, out.reshape(len(rows), 1), 1, len(rows))
         return out
 
+    def of_rows(logits, axis=-1):  # type: ignore[no-untyped-def]
+        _check_axis(axis, logits.ndim)
+        return sums(logits)
+
     def of_one(logits, axis=-1):  # type: ignore[no-untyped-def]
         _check_axis(axis, logits.ndim)
-        out = np.full(1, -np.inf, logits.dtype)
-        if logits.size:
-            rows = _as_rows(logits)
-            kernel(rows, _no_mask(rows), temperature, out.reshape(1, 1), 1, 1)
-        return out[0]
+        return sums(logits.reshape(1, logits.size))[0]
 
     return of_rows if logits.ndim == 2 else of_one
 

@@ -342,7 +342,7 @@ def run_contiguous(
         and out.dtype is dtype
         and out.flags.carray
         and out.shape == rows
-        and (out is logits or not np.may_share_memory(out, logits))
+        and (out is logits or not clashes(out, logits))
     ):
         return None
     module, threads = _dispatch.select(dtype, size)

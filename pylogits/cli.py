@@ -1,6 +1,5 @@
 """The ``pylogits`` command: scores files of logits of any size in bounded memory."""
 
-import importlib
 import math
 import os
 import secrets
@@ -439,6 +438,7 @@ def config() -> None:
 @app.command()
 def warmup() -> None:
     """Compile all of Numba's kernels into its cache, for later processes to load."""
-    kernels = importlib.import_module("pylogits.kernels.cpu")
-    for name in kernels.compile_all():
+    from pylogits.kernels import cpu
+
+    for name in cpu.compile_all():
         typer.echo(name)
