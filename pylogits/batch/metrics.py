@@ -77,7 +77,10 @@ class Metrics:
         self.correct_rows += np.bincount(targets[correct], minlength=self.classes)
         pairs, rows = np.unique((targets * self.classes + scores.prediction)[~correct], return_counts=True)
         self._add_pairs(dict(zip(pairs.tolist(), rows.tolist(), strict=True)))
-        candidates = np.argsort(-loss, kind="stable")[:WORST]
+        # The chunk's largest, and of equal ones the first; sorting all of them would take most of the time.
+        least = np.partition(loss, -WORST)[-WORST] if len(loss) > WORST else -np.inf
+        candidates = np.flatnonzero(loss >= least)
+        candidates = candidates[np.argsort(-loss[candidates], kind="stable")[:WORST]]
         self._add_worst(
             (float(loss[i]), name, self.rows + int(i), int(targets[i]), int(scores.prediction[i]), float(scores.confidence[i]))
             for i in candidates
