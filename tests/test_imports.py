@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels"
 # A module imports from layers below its own.
 LAYERS = (
     ("__main__", "_numba_extension"),
-    ("__init__", "cli"),
+    ("__init__", "cli", "dask"),
     ("activations", "losses", "linear", "scoring"),
     ("_problem",),
     ("_rows",),
@@ -24,7 +24,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax")
+HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax", "dask")
 
 
 def imported(path):
