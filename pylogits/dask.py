@@ -2,7 +2,8 @@
 
 Dask divides the rows; the classes of a row stay together. Logits that are chunked along their classes are rechunked, with
 `dask.array.PerformanceWarning`. What is wrong with the shapes, dtypes and options of arguments is an error at once; a label
-outside [0, C) is a ValueError when its chunk is computed, with its place in that chunk.
+outside [0, C) is a ValueError when its chunk is computed. (Of a label that `where` masks out, or a sample weight that is not
+finite, the place that the error names is that in the chunk.)
 """
 
 import math
@@ -155,10 +156,10 @@ def selective_log_softmax(logits: Any, indices: Any, axis: SupportsIndex = -1, *
     array([-0.4790107 , -1.19967598])
     """
     rows = _ChunkedRows(logits, axis)
-    array = da.asarray(indices)
-    several = array.ndim == rows.logits.ndim
-    picks = rows.full("indices", array, array.shape[rows.axes[0]]) if several else rows.per_row("indices", array)
-    return rows.apply(pylogits.selective_log_softmax, indices=picks, temperature=temperature)
+    picks = da.asarray(indices)
+    several = picks.ndim == rows.logits.ndim
+    picks = rows.full("indices", picks, picks.shape[rows.axes[0]]) if several else rows.per_row("indices", picks)
+    return rows.apply(pylogits.selective_log_softmax, indices=rows.checked("index", picks), temperature=temperature)
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1) -> Any:
@@ -227,7 +228,8 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     array([0.4790107 , 1.19967598])
     """
     rows = _ChunkedRows(logits, axis)
-    return rows.apply(pylogits.sparse_softmax_cross_entropy_with_logits, labels=rows.per_row("labels", labels))
+    checked = rows.checked("label", rows.per_row("labels", labels))
+    return rows.apply(pylogits.sparse_softmax_cross_entropy_with_logits, labels=checked)
 
 
 def cross_entropy(
@@ -401,7 +403,8 @@ def score(
     (array([1, 0]), array([ True, False]))
     """
     rows = _ChunkedRows(logits, axis)
-    results = rows.apply(pylogits.score, targets=rows.per_row("targets", targets), top_k=top_k, temperature=temperature)
+    labels = rows.checked("target", rows.per_row("targets", targets))
+    results = rows.apply(pylogits.score, targets=labels, top_k=top_k, temperature=temperature)
     return pylogits.Scores(*results, *[None] * (8 - len(results)))
 
 
@@ -438,6 +441,13 @@ class _ChunkedRows:
             shape[self.axes[0]], chunks[self.axes[0]] = count, (count,)
         return _fit(name, values, tuple(shape), tuple(chunks), broadcast)
 
+    def checked(self, name: str, labels: Any, ignore_index: SupportsIndex | None = None) -> Any:
+        """Class numbers, lazily refused when they are outside [0, C): by their place among all, which a chunk does not know."""
+        if labels is None:
+            return None
+        check = partial(_check_labels, name=name, classes=self.logits.shape[self.axes[0]], ignore_index=ignore_index)
+        return labels.map_blocks(check, dtype=labels.dtype, meta=labels._meta)
+
     def apply(self, operation: Callable[..., Any], *, lazy: dict[str, Any] | None = None, **given: Any) -> Any:
         """What a NumPy operation on logits returns for each chunk of rows, as one Dask array, or a list of several.
 
@@ -464,6 +474,15 @@ class _ChunkedRows:
             output_sizes={_dimension(size, place): size for core in found for place, size in enumerate(core)},
             **(lazy or {}),
         )
+
+
+def _check_labels(
+    labels: Array, name: str, classes: int, ignore_index: SupportsIndex | None, block_info: dict[int, Any]
+) -> Array:
+    counted = labels if ignore_index is None else np.where(labels == ignore_index, 0, labels)
+    if ((counted < 0) | (counted >= classes)).any():
+        _rows.raise_bad_label(counted, name, classes, [start for start, _ in block_info[0]["array-location"]])
+    return labels
 
 
 def _compute_chunk(
@@ -516,7 +535,9 @@ def _cross_entropy(
     given = da.asarray(targets)
     hard = given.dtype.kind in "iu"
     arrays = {
-        "targets": rows.per_row("targets", given) if hard else rows.full("targets", given),
+        "targets": rows.checked("target", rows.per_row("targets", given), options["ignore_index"])
+        if hard
+        else rows.full("targets", given),
         "sample_weight": rows.per_row("sample_weight", sample_weight, broadcast=True),
         "where": rows.full("where", where, broadcast=True),
     }
