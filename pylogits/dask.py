@@ -7,7 +7,6 @@ finite, the place that the error names is that in the chunk.)
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, SupportsIndex
@@ -16,7 +15,7 @@ import dask.array as da
 import numpy as np
 
 import pylogits
-from pylogits import _rows
+from pylogits._chunked_rows import ChunkedRows, fit
 from pylogits._problem import ROWS_AT_A_TIME, Problem, check_denominator, check_problem
 from pylogits._rows import Array, Axis
 from pylogits.losses import run_cross_entropy
@@ -62,7 +61,7 @@ def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: flo
     array([[0.2279, 0.6194, 0.1527],
            [0.4967, 0.202 , 0.3013]])
     """
-    rows = _ChunkedRows(logits, axis, several=True)
+    rows = ChunkedRows(logits, axis, several=True)
     return rows.apply(pylogits.softmax, where=rows.full("where", where, broadcast=True), temperature=temperature)
 
 
@@ -90,7 +89,7 @@ def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature:
     >>> pylogits.dask.log_softmax(da.from_array([[0.0, 40.0]], chunks=(1, 2))).compute()
     array([[-4.00000000e+01, -4.24835426e-18]])
     """
-    rows = _ChunkedRows(logits, axis, several=True)
+    rows = ChunkedRows(logits, axis, several=True)
     return rows.apply(pylogits.log_softmax, where=rows.full("where", where, broadcast=True), temperature=temperature)
 
 
@@ -121,7 +120,7 @@ def logsumexp(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: f
     >>> pylogits.dask.logsumexp(da.full((4, 2), 1000.0, chunks=2)).compute()
     array([1000.69314718, 1000.69314718, 1000.69314718, 1000.69314718])
     """
-    rows = _ChunkedRows(logits, axis, several=True)
+    rows = ChunkedRows(logits, axis, several=True)
     result = rows.apply(pylogits.logsumexp, where=rows.full("where", where, broadcast=True), temperature=temperature)
     return da.expand_dims(result, rows.axes) if keepdims else result
 
@@ -155,7 +154,7 @@ def selective_log_softmax(logits: Any, indices: Any, axis: SupportsIndex = -1, *
     >>> pylogits.dask.selective_log_softmax(logits, [1, 2]).compute()
     array([-0.4790107 , -1.19967598])
     """
-    rows = _ChunkedRows(logits, axis)
+    rows = ChunkedRows(logits, axis)
     picks = da.asarray(indices)
     several = picks.ndim == rows.logits.ndim
     picks = rows.full("indices", picks, picks.shape[rows.axes[0]]) if several else rows.per_row("indices", picks)
@@ -193,7 +192,7 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     >>> pylogits.dask.softmax_cross_entropy_with_logits(labels=labels, logits=logits).compute()
     array([0.4790107 , 1.19967598])
     """
-    rows = _ChunkedRows(logits, axis)
+    rows = ChunkedRows(logits, axis)
     return rows.apply(pylogits.softmax_cross_entropy_with_logits, labels=rows.full("labels", labels, broadcast=True))
 
 
@@ -227,7 +226,7 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     >>> pylogits.dask.sparse_softmax_cross_entropy_with_logits(labels=[1, 2], logits=logits).compute()
     array([0.4790107 , 1.19967598])
     """
-    rows = _ChunkedRows(logits, axis)
+    rows = ChunkedRows(logits, axis)
     checked = rows.checked("label", rows.per_row("labels", labels))
     return rows.apply(pylogits.sparse_softmax_cross_entropy_with_logits, labels=checked)
 
@@ -282,7 +281,7 @@ def cross_entropy(
     np.float64(0.8393433)
     """
     return _cross_entropy(
-        _ChunkedRows(logits, axis),
+        ChunkedRows(logits, axis),
         targets,
         sample_weight,
         where,
@@ -347,7 +346,7 @@ def cross_entropy_value_and_grad(
            [ 0.2484,  0.101 , -0.3494]])
     """
     return _cross_entropy(
-        _ChunkedRows(logits, axis),
+        ChunkedRows(logits, axis),
         targets,
         sample_weight,
         where,
@@ -402,127 +401,17 @@ def score(
     >>> scores.prediction, scores.correct
     (array([1, 0]), array([ True, False]))
     """
-    rows = _ChunkedRows(logits, axis)
+    rows = ChunkedRows(logits, axis)
     labels = rows.checked("target", rows.per_row("targets", targets))
     results = rows.apply(pylogits.score, targets=labels, top_k=top_k, temperature=temperature)
     return pylogits.Scores(*results, *[None] * (8 - len(results)))
 
 
-# ---- chunks of rows ----
-
-
-class _ChunkedRows:
-    """Logits whose rows are whole within each chunk, and what belongs to these rows, in chunks that match."""
-
-    def __init__(self, logits: Any, axis: Axis, several: bool = False) -> None:
-        array = da.asarray(logits)
-        self.dtype = _rows.check_floats(array, "logits")
-        self.axes = _rows.check_axis(axis, array.ndim) if several else (_rows.check_single_axis(axis, array.ndim),)  # type: ignore[arg-type]
-        if any(len(array.chunks[number]) > 1 for number in self.axes):
-            warnings.warn(
-                f"logits are chunked along their class axis, {axis}: all chunks of a row are brought together",
-                da.PerformanceWarning,
-                stacklevel=3,
-            )
-            array = array.rechunk({number: -1 if number in self.axes else "auto" for number in range(array.ndim)})
-        self.logits = array
-        self.shape, self.chunks = (
-            tuple(one for number, one in enumerate(of) if number not in self.axes) for of in (array.shape, array.chunks)
-        )
-
-    def per_row(self, name: str, values: Any, broadcast: bool = False) -> Any:
-        """An array in the shape of the rows; None for None."""
-        return _fit(name, values, self.shape, self.chunks, broadcast)
-
-    def full(self, name: str, values: Any, count: int | None = None, broadcast: bool = False) -> Any:
-        """An array in the shape of the logits, or with `count` entries a row in place of the classes; None for None."""
-        shape, chunks = list(self.logits.shape), list(self.logits.chunks)
-        if count is not None:
-            shape[self.axes[0]], chunks[self.axes[0]] = count, (count,)
-        return _fit(name, values, tuple(shape), tuple(chunks), broadcast)
-
-    def checked(self, name: str, labels: Any, ignore_index: SupportsIndex | None = None) -> Any:
-        """Class numbers, lazily refused when they are outside [0, C): by their place among all, which a chunk does not know."""
-        if labels is None:
-            return None
-        check = partial(_check_labels, name=name, classes=self.logits.shape[self.axes[0]], ignore_index=ignore_index)
-        return labels.map_blocks(check, dtype=labels.dtype, meta=labels._meta)
-
-    def apply(self, operation: Callable[..., Any], *, lazy: dict[str, Any] | None = None, **given: Any) -> Any:
-        """What a NumPy operation on logits returns for each chunk of rows, as one Dask array, or a list of several.
-
-        Of what it is given, Dask arrays are divided into chunks, and the rest are options. `lazy` holds options that are
-        Dask arrays.
-        """
-        arrays = {"logits": self.logits} | {name: value for name, value in given.items() if isinstance(value, da.Array)}
-        options = {name: value for name, value in given.items() if name not in arrays}
-        axis = tuple(range(-len(self.axes), 0))
-        options["axis"] = axis if len(axis) != 1 else axis[0]
-        chunk = partial(_compute_chunk, operation, tuple(arrays), options)
-        axes = [self.axes if array.ndim == self.logits.ndim else () for array in arrays.values()]
-        cores = [tuple(array.shape[number] for number in own) for array, own in zip(arrays.values(), axes, strict=True)]
-        # Without rows, it checks the options, and shows the dtypes and shapes of the results.
-        empty = chunk(*(np.empty((0, *core), array.dtype) for core, array in zip(cores, arrays.values(), strict=True)))
-        results = empty if isinstance(empty, tuple) else (empty,)
-        found = [result.shape[1:] for result in results]
-        return da.apply_gufunc(
-            chunk,
-            ",".join(map(_dimensions, cores)) + "->" + ",".join(map(_dimensions, found)),
-            *arrays.values(),
-            axes=axes + [self.axes if core else () for core in found],
-            output_dtypes=[result.dtype for result in results],
-            output_sizes={_dimension(size, place): size for core in found for place, size in enumerate(core)},
-            **(lazy or {}),
-        )
-
-
-def _check_labels(
-    labels: Array, name: str, classes: int, ignore_index: SupportsIndex | None, block_info: dict[int, Any]
-) -> Array:
-    counted = labels if ignore_index is None else np.where(labels == ignore_index, 0, labels)
-    if ((counted < 0) | (counted >= classes)).any():
-        _rows.raise_bad_label(counted, name, classes, [start for start, _ in block_info[0]["array-location"]])
-    return labels
-
-
-def _compute_chunk(
-    operation: Callable[..., Any], names: tuple[str, ...], options: dict[str, Any], *arrays: Array, **lazy: Any
-) -> Any:
-    results = operation(**dict(zip(names, arrays, strict=True)), **options, **lazy)
-    return tuple(result for result in results if result is not None) if isinstance(results, tuple) else results
-
-
-def _dimensions(core: tuple[int, ...]) -> str:
-    return "(" + ",".join(_dimension(size, place) for place, size in enumerate(core)) + ")"
-
-
-def _dimension(size: int, place: int) -> str:
-    """A name for a gufunc's signature, where the same name means the same size."""
-    return f"n{size}_{place}"
-
-
-def _fit(name: str, values: Any, shape: tuple[int, ...], chunks: tuple[tuple[int, ...], ...], broadcast: bool) -> Any:
-    """An array of a shape, or one that broadcasts to it, in the given chunks."""
-    if values is None:
-        return None
-    array = da.asarray(values)
-    if any(math.isnan(size) for size in (*array.shape, *shape)):
-        raise ValueError(f"{name} and logits need chunks of known sizes: call their compute_chunk_sizes() first")
-    if array.shape != shape and not broadcast:
-        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
-    own = shape[len(shape) - array.ndim :]
-    if array.ndim > len(shape) or any(size not in (1, wanted) for size, wanted in zip(array.shape, own, strict=True)):
-        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {shape}")
-    parts = zip(array.shape, chunks[len(shape) - array.ndim :], strict=True)
-    array = array.rechunk(tuple((1,) if size == 1 else part for size, part in parts))
-    return da.broadcast_to(array, shape, chunks=chunks)
-
-
-# ---- losses and their reductions ----
+# ---- the reductions of losses ----
 
 
 def _cross_entropy(
-    rows: _ChunkedRows,
+    rows: ChunkedRows,
     targets: Any,
     sample_weight: Any,
     where: Any,
@@ -535,21 +424,19 @@ def _cross_entropy(
     given = da.asarray(targets)
     hard = given.dtype.kind in "iu"
     arrays = {
-        "targets": rows.checked("target", rows.per_row("targets", given), options["ignore_index"])
-        if hard
-        else rows.full("targets", given),
+        "targets": rows.per_row("targets", given) if hard else rows.full("targets", given),
         "sample_weight": rows.per_row("sample_weight", sample_weight, broadcast=True),
         "where": rows.full("where", where, broadcast=True),
     }
-    labels = arrays["targets"]
-    if not hard:  # class weights are part of a mean's denominator for class numbers only
-        labels = da.zeros(rows.shape, dtype=np.int64, chunks=rows.chunks)
-    problem, denominator = _division(
-        rows, labels, arrays["sample_weight"], options | {"reduction": reduction} | ({} if hard else {"weight": None})
-    )
+    counting = options | {"reduction": reduction}
+    if hard:
+        labels = arrays["targets"] = rows.checked("target", arrays["targets"], options["ignore_index"])
+    else:  # of probabilities, the mean's denominator has only the sample weights
+        labels, counting["weight"] = da.zeros(rows.shape, dtype=np.int64, chunks=rows.chunks), None
+    problem, denominator = _division(rows, labels, arrays["sample_weight"], counting)
     if differentiate:
         if reduction != "none":
-            loss_grad = _fit("loss_grad", loss_grad, (), (), broadcast=True)
+            loss_grad = fit("loss_grad", loss_grad, (), (), broadcast=True)
         upstream = rows.per_row("loss_grad", loss_grad, broadcast=True)
         lazy = {"denominator": denominator}
         losses, grad = rows.apply(_losses_and_grad, lazy=lazy, loss_grad=upstream, **arrays, **options)
@@ -569,7 +456,7 @@ def _losses_and_grad(logits: Array, targets: Array, *, axis: int, denominator: f
     )
 
 
-def _division(rows: _ChunkedRows, labels: Any, sample_weight: Any, options: dict[str, Any]) -> tuple[Problem, Any]:
+def _division(rows: ChunkedRows, labels: Any, sample_weight: Any, options: dict[str, Any]) -> tuple[Problem, Any]:
     """What knows how the sum of the losses is divided, and what by: a number, or a Dask array of one."""
     classes = rows.logits.shape[rows.axes[0]]
     problem_of = partial(_problem_of, classes, rows.dtype, options)

@@ -119,6 +119,16 @@ def test_several_class_axes(axis):
         assert got.shape == expected.shape
 
 
+def test_what_broadcasts():
+    arrays = Arrays("last")
+    some = np.arange(7) < 5
+    arrays.check("softmax", where=some)
+    arrays.check("logsumexp", where=arrays.where[:, :1])
+    arrays.check("softmax_cross_entropy_with_logits", labels=arrays.probabilities[0])
+    arrays.check("cross_entropy", targets=arrays.probabilities, where=some, sample_weight=0.3)
+    arrays.check("cross_entropy_value_and_grad", targets=arrays.labels, sample_weight=[0.3], reduction="sum")
+
+
 def test_a_sum_of_many_rows_has_numpys_bits():
     """More rows than are summed at a time, in chunks that end elsewhere."""
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ LAYERS = (
     ("__main__", "_numba_extension"),
     ("__init__", "cli", "dask"),
     ("activations", "losses", "linear", "scoring"),
-    ("_problem",),
+    ("_problem", "_chunked_rows"),
     ("_rows",),
     ("_dispatch",),
     ("_simd", "kernels"),
