@@ -314,7 +314,7 @@ def cross_entropy_value_and_grad(
 ) -> tuple[Any, Any]:
     """`pylogits.cross_entropy_value_and_grad` of Dask arrays: the loss and its gradient with respect to the logits.
 
-    The gradient of a weighted mean needs the sum of all weights: the targets and sample weights are then read twice.
+    The gradient of a weighted mean needs the sum of all weights: all targets and sample weights are read before its first chunk.
 
     Parameters
     ----------
