@@ -314,7 +314,7 @@ def cross_entropy_value_and_grad(
 ) -> tuple[Any, Any]:
     """`pylogits.cross_entropy_value_and_grad` of Dask arrays: the loss and its gradient with respect to the logits.
 
-    The gradient of a weighted mean needs the sum of all weights: all targets and sample weights are read before its first chunk.
+    The gradient of a weighted mean needs the sum of the weights, so targets and sample weights are all read before it begins.
 
     Parameters
     ----------
