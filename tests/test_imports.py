@@ -15,9 +15,9 @@ LAYERS = (
     ("__main__", "_numba_extension"),
     ("cli",),
     ("batch",),
-    ("__init__",),
+    ("__init__", "dask"),
     ("activations", "losses", "linear", "scoring"),
-    ("_problem",),
+    ("_problem", "_chunked_rows"),
     ("_rows",),
     ("_dispatch",),
     ("_simd", "kernels"),
@@ -28,7 +28,7 @@ LAYERS = (
 BATCH_LAYERS = (("cluster",), ("job", "report"), ("metrics", "writers"), ("readers",))
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax")
+HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax", "dask")
 
 
 def imported(path):
