@@ -24,4 +24,5 @@ numpydoc_show_class_members = False
 html_theme = "furo"
 html_title = "pylogits"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
