@@ -56,7 +56,7 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 .PHONY: docs
 docs: $(VENV)/installed  ## the site, in build-docs/ (a warning is an error)
 	$(BIN)/python docs/figures.py
-	$(BIN)/python -m sphinx -W --keep-going -q docs build-docs
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q docs build-docs
 
 .PHONY: bench
 bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
