@@ -43,8 +43,9 @@ def test_python_blocks(page):
 
 @pytest.mark.parametrize("name", pylogits.__all__)
 def test_docstring(name):
-    for test in doctest.DocTestFinder().find(getattr(pylogits, name), name, globs={}):
-        assert failures(test) == ""
+    test, *members = doctest.DocTestFinder().find(getattr(pylogits, name), name, globs={})
+    assert test.examples
+    assert [failures(test) for test in (test, *members)] == [""] * (1 + len(members))
 
 
 def test_commands(tmp_path):
@@ -66,6 +67,15 @@ def test_commands(tmp_path):
 def test_links(page):
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
     assert all((page.parent / target).exists() for target in targets)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_and_make_targets(page):
+    text = page.read_text()
+    files = re.findall(r"`((?:bench|c|docs|examples|kernels|pylogits|tests)/[a-z_0-9./]+)`", text)
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    makefile = (ROOT / "Makefile").read_text()
+    assert [name for name in re.findall(r"`make ([a-z-]+)`", text) if f"\n{name}:" not in makefile] == []
 
 
 def test_site(tmp_path):
