@@ -72,7 +72,7 @@ def test_links(page):
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_and_make_targets(page):
     text = page.read_text()
-    files = re.findall(r"`((?:bench|c|docs|examples|kernels|pylogits|tests)/[a-z_0-9./]+)`", text)
+    files = re.findall(r"`((?:bench|c|docs|examples|kernels|pylogits|tests)/[a-z_0-9./]+\.[a-z]+)`", text)
     assert [name for name in files if not (ROOT / name).exists()] == []
     makefile = (ROOT / "Makefile").read_text()
     assert [name for name in re.findall(r"`make ([a-z-]+)`", text) if f"\n{name}:" not in makefile] == []
