@@ -53,6 +53,11 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i c/*.c c/*.h
 
+.PHONY: docs
+docs: $(VENV)/installed  ## the site, in build-docs/ (a warning is an error)
+	$(BIN)/python docs/figures.py
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q docs build-docs
+
 .PHONY: bench
 bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
 	$(BIN)/pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
@@ -158,4 +163,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build scores.parquet
+	rm -rf $(VENV) $(BUILD) build build-docs docs/generated scores.parquet
