@@ -12,7 +12,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 # The stamp is newer than all that goes into the build, so that a target reinstalls only what has changed.
-SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py) $(wildcard kernels/*.py)
+SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py pylogits/batch/*.py) $(wildcard kernels/*.py)
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,8 @@ $(VENV)/installed: $(SOURCES)
 .PHONY: run
 run: $(VENV)/installed  ## score the digits logits in examples/ and show the worked example
 	cd examples && ../$(BIN)/python worked_example.py
-	$(BIN)/pylogits score examples/digits_logits.npy --targets examples/digits_targets.npy --top-k 3 --out scores.parquet
+	$(BIN)/pylogits score examples/digits_logits.npy --targets examples/digits_targets.npy --top-k 3 \
+		--out scores.parquet --report report.html
 
 .PHONY: test
 test: $(VENV)/installed  ## all tests
@@ -163,4 +164,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build build-docs docs/generated scores.parquet
+	rm -rf $(VENV) $(BUILD) build build-docs docs/generated scores.parquet report.html

@@ -61,10 +61,11 @@ class Metrics:
         if targets is not None and scores.loss is not None and scores.correct is not None:
             self.bin_correct += np.bincount(bins[scores.correct[finite]], minlength=BINS)
             self._add_targets(name, scores, scores.loss.astype(np.float64), targets.astype(np.int64), scores.correct)
-            # The sum of the squares of p is exp(logsumexp(2 x) - 2 logsumexp(x)), which needs no array of probabilities.
-            squares = pylogits.logsumexp(logits, temperature=temperature / 2).astype(np.float64)
-            squares = np.exp(squares - 2 * scores.logsumexp.astype(np.float64))
-            self.brier += float((squares - 2 * np.exp(-scores.loss.astype(np.float64)) + 1).sum())
+            # The sum of the squares of p is exp(logsumexp(2 x) - 2 logsumexp(x)), which needs no array of probabilities. The
+            # exponentials are those of the scores' dtype: in float64 they took a third of the time of rows of ten classes.
+            exponent = pylogits.logsumexp(logits, temperature=temperature / 2) - 2 * scores.logsumexp.astype(np.float64)
+            squares, of_targets = np.exp(exponent.astype(scores.loss.dtype)), np.exp(-scores.loss)
+            self.brier += float((squares - 2 * of_targets).sum(dtype=np.float64)) + len(targets)
         self.rows += len(scores.prediction)
 
     def _add_targets(self, name: str, scores: pylogits.Scores, loss: Array, targets: Array, correct: Array) -> None:
