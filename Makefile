@@ -53,9 +53,15 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i c/*.c c/*.h
 
+BENCHMARK := $(BIN)/pytest bench -q --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
+
 .PHONY: bench
-bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
-	$(BIN)/pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
+bench: $(VENV)/installed  ## pytest-benchmark suite, its JSON in bench.json (BENCH='-k "[softmax-float32"' selects by name)
+	$(BENCHMARK) --benchmark-json=bench.json -m "not peer" $(BENCH)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/installed  ## the same beside the peers that are installed (see `make peers`), in bench-peers.json
+	$(BENCHMARK) --benchmark-json=bench-peers.json $(BENCH)
 
 .PHONY: bench-limits
 bench-limits: $(VENV)/installed  ## times beside the peers and the limits of the memory, and the goals (LIMITS="--growth" for growth)
@@ -158,4 +164,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build scores.parquet
+	rm -rf $(VENV) $(BUILD) build scores.parquet bench*.json

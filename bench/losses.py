@@ -206,6 +206,14 @@ def jax(case, arrays):
     return lambda: jax.tree.map(np.asarray, compiled(*on_device))
 
 
+def moved_bytes(case):
+    """Return what a call must read and write at least, but for single numbers a row."""
+    arrays, options = given(case._replace(gradient=False))
+    read = sum(array.nbytes for array in (*arrays, *options.values()) if isinstance(array, np.ndarray))
+    grads = arrays[:1] if case.op != "linear_cross_entropy" else arrays[:2]
+    return read + (sum(array.nbytes for array in grads) if case.gradient or case.op.endswith("_backward") else 0)
+
+
 def matmul(case, arrays):
     """Return NumPy's products for the logits and, from slopes of their size, the gradients."""
     x, w, _ = arrays
