@@ -15,6 +15,7 @@ from timed import SWEEPS, Case, arguments, check, label, moved_bytes, worst_ulp
 import pylogits
 
 ALL_THREADS = pylogits.get_num_threads()
+PROMISED = {*(row.case for row in ROWS), *losses.CASES}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Run:
     @property
     def op(self):
         return self.case.function if self.is_loss else self.case.op
+
+    @property
+    def option(self):
+        return self.case.option if self.is_loss else ""
 
     def prepare(self):
         """Return a function that computes the case; ImportError where it can't be."""
@@ -76,10 +81,9 @@ def limit_seconds(case, threads):
 
 def runs():
     """Yield all, case by case. Only what is promised is timed on one thread too."""
-    promised = [*(row.case for row in ROWS), *losses.CASES]
-    for case in dict.fromkeys([*promised, *SWEEPS]):
+    for case in dict.fromkeys([*(row.case for row in ROWS), *losses.CASES, *SWEEPS]):
         names = losses.names(case) if isinstance(case, losses.Loss) else (*peers.BACKENDS, *peers.PEERS)
         for name in names:
-            if name in peers.BACKENDS and case in promised and ALL_THREADS > 1:
+            if name in peers.BACKENDS and case in PROMISED and ALL_THREADS > 1:
                 yield Run(case, name, 1)
             yield Run(case, name, ALL_THREADS)
