@@ -20,7 +20,7 @@ import numpy as np
 from limits import compiled, in_words, judge, limit_call, milliseconds, print_row
 from peers import BACKENDS, SPARSE, active
 from side_by_side import ROUNDS, cell, medians, versions
-from timed import SHAPES, Case, arguments
+from timed import OVER_CLASSES, OVER_ROWS, SHAPES, Case, arguments
 
 import pylogits
 
@@ -98,6 +98,8 @@ CASES = {  # and their goals: most of the time of someone else that C may take
     Loss("linear_cross_entropy", (512, 768, 50257)): {"matmul": 1.15},
     Loss("linear_cross_entropy", (512, 768, 50257), True): {},
 }
+
+SWEEPS = [Loss("cross_entropy", shape, gradient=True) for shape in (*OVER_CLASSES, *OVER_ROWS)]
 
 
 def plain(case):

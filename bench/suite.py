@@ -81,7 +81,7 @@ def limit_seconds(case, threads):
 
 def runs():
     """Yield all, case by case. Only what is promised is timed on one thread too."""
-    for case in dict.fromkeys([*(row.case for row in ROWS), *losses.CASES, *SWEEPS]):
+    for case in dict.fromkeys([*(row.case for row in ROWS), *losses.CASES, *SWEEPS, *losses.SWEEPS]):
         names = losses.names(case) if isinstance(case, losses.Loss) else (*peers.BACKENDS, *peers.PEERS)
         for name in names:
             if name in peers.BACKENDS and case in PROMISED and ALL_THREADS > 1:

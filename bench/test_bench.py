@@ -31,7 +31,7 @@ def test_time(benchmark, run):
         result = call()  # and warm up: compilers, threads, memory
         run.check(result)
         benchmark(call)
-    benchmark.extra_info |= {"op": run.op, "dtype": run.case.dtype, "shape": run.case.shape, "by": run.by}
+    benchmark.extra_info |= {"op": run.op, "option": run.option, "dtype": run.case.dtype, "shape": run.case.shape, "by": run.by}
     benchmark.extra_info |= {"threads": run.threads, "isa": pylogits.show_config()["isa"] if run.by == "c" else None}
     if benchmark.stats:  # --benchmark-disable runs each call once, untimed
         benchmark.extra_info |= run.facts(benchmark.stats.stats.median, result)

@@ -11,10 +11,9 @@ from cases import LOSSES, Case, oracle, ulp_error
 
 FULL_OPS = ("softmax", "log_softmax")  # the result is as large as the logits
 SHAPES = ((4096, 1000), (256, 128256), (1_000_000, 10), (16384, 128), (1, 10))
-SWEEP_CLASSES = (2, 10, 32, 100, 316, 1000, 3162, 10_000, 31_623, 128_256)  # of SWEEP_ELEMENTS
-SWEEP_ELEMENTS = 4_000_000
-SWEEP_ROWS = (1, 10, 100, 1000, 10_000, 30_000)  # of SWEEP_LENGTH
-SWEEP_LENGTH = 1000
+# Four million logits in ever longer rows, and ever more rows of a thousand.
+OVER_CLASSES = [(4_000_000 // n, n) for n in (2, 10, 32, 100, 316, 1000, 3162, 10_000, 31_623, 128_256)]
+OVER_ROWS = [(n, 1000) for n in (1, 10, 100, 1000, 4000, 10_000, 30_000)]
 CHECKED = 100_000  # logits, about
 
 
@@ -23,14 +22,7 @@ def timed_case(op, shape, dtype="float32", axis=-1):
     return Case(op, dtype, shape, axis, out="contiguous" if op in FULL_OPS and shape != (1, 10) else None)
 
 
-SWEEPS = [
-    timed_case(op, shape)
-    for op in (*FULL_OPS, "logsumexp", *LOSSES)
-    for shape in (
-        *((SWEEP_ELEMENTS // classes, classes) for classes in SWEEP_CLASSES),
-        *((rows, SWEEP_LENGTH) for rows in SWEEP_ROWS),
-    )
-]
+SWEEPS = [timed_case(op, shape) for op in (*FULL_OPS, "logsumexp", *LOSSES) for shape in (*OVER_CLASSES, *OVER_ROWS)]
 
 
 @lru_cache(maxsize=1)
