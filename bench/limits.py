@@ -101,7 +101,7 @@ def limit_call(functions, case):
     logits, threads = arguments(case)["logits"], pylogits.get_num_threads()
     size = logits.nbytes
     if limit_of(case) == "read":
-        expected = np.bitwise_xor.reduce(logits.view(np.uint64), axis=None)
+        expected = np.bitwise_xor.reduce(logits.ravel().view(np.uint64))
         assert functions.read_all(logits.ctypes.data, size, threads) == expected
         return lambda data=logits.ctypes.data: functions.read_all(data, size, threads)
     target = np.empty_like(logits)
