@@ -1,6 +1,8 @@
 """The scripts of examples/, run as a reader would run them."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +119,32 @@ def test_xarray_scores():
     each = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), targets.astype(int)]
     means = [each[targets == digit].mean() for digit in range(10)]
     np.testing.assert_allclose(numbers(losses), means, atol=6e-5)
+
+
+@pytest.fixture(scope="module")
+def benchmarked(tmp_path_factory):
+    """Run the benchmarked pipeline's tests in a copy of its folder."""
+    folder = tmp_path_factory.mktemp("pipeline") / "benchmarked"
+    shutil.copytree(EXAMPLES / "benchmarked_pipeline", folder)
+
+    def run(*options):
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-max-time=0.05", *options]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    done = run("--benchmark-save=base")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run, next(folder.glob(".benchmarks/*/0001_base.json"))
+
+
+@pytest.mark.parametrize("share, expected", [(1000, 0), (0.001, 1)])
+def test_the_gate_of_the_pipeline(benchmarked, share, expected):
+    """Against a base that took so much of the time, which no machine's noise makes up for."""
+    run, base = benchmarked
+    kept = json.loads(base.read_text())
+    for benchmark in kept["benchmarks"]:
+        benchmark["stats"]["median"] *= share
+    other = base.with_name("0002_other.json")
+    other.write_text(json.dumps(kept))
+    done = run("--benchmark-compare=0002", "--benchmark-compare-fail=median:10%")
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert ("Performance has regressed" in done.stdout + done.stderr) == bool(expected)
