@@ -231,7 +231,7 @@ def score(
         warn_of_probabilities(parts[0], options)
 
         start = time.perf_counter()
-        with cluster.on_workers(workers, scheduler) if workers or scheduler else nullcontext(cluster.here) as each:
+        with cluster.on_workers(workers, scheduler) if workers or scheduler else nullcontext(job.here) as each:
             if fit:
                 unfitted = job.merged(each(partial(job.count_part, options=options), parts)).summary(top_k)
                 options = replace(options, temperature=job.fit_temperature(parts, options, each))

@@ -1,4 +1,4 @@
-"""Where the parts of a job are computed: here, on processes of this machine, or on a Dask cluster."""
+"""A Dask cluster that computes the parts of a job: processes of this machine, or workers anywhere."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -7,11 +7,6 @@ from typing import Any
 
 from pylogits.batch.job import Each, Part, T
 from pylogits.batch.readers import FileError
-
-
-def here(function: Callable[[Part], T], parts: list[Part]) -> Iterable[T]:
-    """Call the function with every part, one after the other."""
-    return map(function, parts)
 
 
 @contextmanager

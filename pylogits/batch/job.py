@@ -22,6 +22,12 @@ T = TypeVar("T")
 # Calls a function with every part and gives the results in the parts' order: here, or on a cluster.
 Each = Callable[[Callable[["Part"], T], list["Part"]], Iterable[T]]
 
+
+def here(function: Callable[["Part"], T], parts: list["Part"]) -> Iterable[T]:
+    """Call a function with every part, in this process."""
+    return map(function, parts)
+
+
 COLUMNS = ("prediction", "confidence", "entropy", "logsumexp", "loss", "correct")
 TOP_K_COLUMNS = ("top_k_indices", "top_k_probabilities")
 TARGET_COLUMNS = ("loss", "correct")
@@ -118,19 +124,21 @@ def count_part(part: Part, options: Options) -> Metrics:
     return metrics
 
 
-def score_part(part: Part, options: Options, resume: bool) -> Metrics:
+def score_part(part: Part, options: Options, resume: bool, done: Callable[[int], None] = lambda rows: None) -> Metrics:
     """Score a part into a file of its own, and record beside it what it is of; on resuming, only where that isn't there."""
     assert part.out is not None
     identity = identify(part, options)
     if resume and part.out.exists() and (record := read_record(part.record)) and record["of"] == identity:
-        return Metrics.from_json(record["metrics"])
+        metrics = Metrics.from_json(record["metrics"])
+        done(metrics.rows)
+        return metrics
     with open_part(part, options) as (_, targets):
         if targets is not None:
             targets.check()
     # The record is there only while it is of the scores that are.
     part.record.unlink(missing_ok=True)
     metrics = Metrics(options.classes)
-    write(part.out, ahead(score_chunks(part, options, metrics)))
+    write(part.out, ahead(score_chunks(part, options, metrics, done)))
     with replacing(part.record) as file:
         file.write(json.dumps({"of": identity, "metrics": metrics.to_json()}).encode())
     return metrics
@@ -140,9 +148,13 @@ def score_parts(
     parts: list[Part], options: Options, resume: bool, each: Each[Metrics], done: Callable[[int], None]
 ) -> Iterator[Metrics]:
     """Score every part into a file of its own."""
-    for metrics in each(partial(score_part, options=options, resume=resume), parts):
-        done(metrics.rows)
-        yield metrics
+    function = partial(score_part, options=options, resume=resume)
+    if each is here:
+        yield from each(partial(function, done=done), parts)
+    else:  # from elsewhere, only whole parts are heard of
+        for metrics in each(function, parts):
+            done(metrics.rows)
+            yield metrics
 
 
 def identify(part: Part, options: Options) -> dict[str, Any]:
