@@ -665,25 +665,31 @@ static inline bool FN(above)(REAL a, REAL b)
   return a > b || (a != a && b == b);
 }
 
+/* Whether one of n numbers comes before the least of those that are kept. */
+INLINE bool FN(any_above)(const REAL *x, int n, REAL least)
+{
+  int any = 0;
+  for (int i = 0; i < n; i++) any |= !(x[i] <= least);
+  return any;
+}
+
+/* Most groups have none, and of the lines of another one most have none. */
 static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_x, int64_t *top_index, int64_t k, int64_t *kept)
 {
   for (int64_t g = 0; g < n; g += GROUP) {
-    if (*kept == k && g + GROUP <= n) {
-      const REAL least = top_x[k - 1];
-      int any = 0;
-      for (int l = 0; l < GROUP; l++) any |= !(x[g + l] <= least);
-      if (!any) continue;
-    }
-    const int64_t end = g + GROUP < n ? g + GROUP : n;
-    for (int64_t c = g; c < end; c++) {
-      if (*kept == k && !FN(above)(x[c], top_x[k - 1])) continue;
-      int64_t place = *kept < k ? (*kept)++ : k - 1;
-      for (; place > 0 && FN(above)(x[c], top_x[place - 1]); place--) {
-        top_x[place] = top_x[place - 1];
-        top_index[place] = top_index[place - 1];
+    if (*kept == k && g + GROUP <= n && !FN(any_above)(x + g, GROUP, top_x[k - 1])) continue;
+    for (int64_t line = g; line < n && line < g + GROUP; line += LANES) {
+      if (*kept == k && line + LANES <= n && !FN(any_above)(x + line, LANES, top_x[k - 1])) continue;
+      for (int64_t c = line; c < n && c < line + LANES; c++) {
+        if (*kept == k && !FN(above)(x[c], top_x[k - 1])) continue;
+        int64_t place = *kept < k ? (*kept)++ : k - 1;
+        for (; place > 0 && FN(above)(x[c], top_x[place - 1]); place--) {
+          top_x[place] = top_x[place - 1];
+          top_index[place] = top_index[place - 1];
+        }
+        top_x[place] = x[c];
+        top_index[place] = first + c;
       }
-      top_x[place] = x[c];
-      top_index[place] = first + c;
     }
   }
 }
