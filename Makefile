@@ -177,4 +177,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build scores.parquet bench*.json
+	rm -rf $(VENV) $(BUILD) build build-compare scores.parquet bench*.json
