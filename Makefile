@@ -9,7 +9,7 @@ BUILD := build-c
 
 .PHONY: help
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
 
 # The stamp is newer than all that goes into the build, so that a target reinstalls only what has changed.
 SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py) $(wildcard kernels/*.py)
