@@ -9,7 +9,7 @@ BUILD := build-c
 
 .PHONY: help
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 20
 
 # The stamp is newer than all that goes into the build, so that a target reinstalls only what has changed.
 SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py pylogits/batch/*.py) $(wildcard kernels/*.py)
@@ -183,4 +183,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build build-docs docs/generated scores.parquet report.html bench*.json
+	rm -rf $(VENV) $(BUILD) build build-compare build-docs docs/generated scores.parquet report.html bench*.json

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ratios import ratio_of, verdict
-from suite import ALL_THREADS, PROMISED, runs
+from suite import PROMISED, runs
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {name: ROOT / "build-compare" / name for name in ("base", "work")}  # of one length: so is the environment then
@@ -96,10 +96,10 @@ def measure(run):
 
 
 def is_compared(run, only):
-    """Return whether a run is compared: what has `only` in its name or, by default, C on all threads without options."""
+    """Return whether a run is compared: what has `only` in its name or, by default, C on one thread without options."""
     if only:
         return only in str(run)
-    return run.by == "c" and run.threads == ALL_THREADS and run.case in PROMISED and not run.option
+    return run.by == "c" and run.threads == 1 and run.case in PROMISED and not run.option
 
 
 def compare(only):
@@ -114,7 +114,7 @@ def compare(only):
             print(f"{run}: not compared: {error}", flush=True)
             continue
         slower += ratio.is_slower
-        print(f"{run}: {ratio}" + " SLOWER" * ratio.is_slower, flush=True)
+        print(f"{run}: {ratio}" + " SLOWER" * ratio.is_slower + " unclear" * ratio.is_unclear, flush=True)
     return slower
 
 

@@ -24,6 +24,11 @@ class Ratio(NamedTuple):
         """Whether it is a slowdown that matters, and not by chance."""
         return self.median > SLOWER and self.low > 1
 
+    @property
+    def is_unclear(self):
+        """Whether such a slowdown may hide in the noise."""
+        return self.high > SLOWER and not self.is_slower
+
 
 def ratio_of(present, base, seed=0):
     """Return the `Ratio` of times that were taken by turns, with a bootstrap interval.

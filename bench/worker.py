@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+import suite
 from peers import active
 from side_by_side import SAMPLE_SECONDS, turn
-from suite import runs
 
 import pylogits
 
@@ -13,7 +13,7 @@ import pylogits
 def main(installation, name):
     """Print a line when ready, and for each line of input the seconds of a call."""
     assert Path(pylogits.__file__).is_relative_to(installation), pylogits.__file__
-    run = next(run for run in runs() if str(run) == name)
+    run = next(run for run in suite.runs() if str(run) == name)
     pylogits.set_num_threads(run.threads)
     call = run.prepare()
     with active(run.by):

@@ -36,7 +36,14 @@ def test_load_that_one_meets_is_not_taken_for_a_slowdown():
     present = np.ones(20)
     present[:8] = 3
     assert ratio_of(present, np.ones(20)) == (1, 1, 3)
-    assert not Ratio(1.3, 0.99, 1.6).is_slower
+
+
+@pytest.mark.parametrize(
+    "ratio, is_slower, is_unclear",
+    [(SAME, False, False), (SLOWER, True, False), (Ratio(1.3, 0.99, 1.6), False, True), (Ratio(1.04, 1.02, 1.06), False, True)],
+)
+def test_a_slowdown_is_large_and_certain(ratio, is_slower, is_unclear):
+    assert (ratio.is_slower, ratio.is_unclear) == (is_slower, is_unclear)
 
 
 @pytest.mark.parametrize(
