@@ -21,8 +21,7 @@ from pylogits.kernels import cuda as kernels
 
 DTYPES = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
-# A block has so many threads and so much shared memory that a multiprocessor (2048 threads, 228 KiB on an H100) is full.
-BLOCK = kernels.THREADS
+# A block has kernels.THREADS threads and so much shared memory that a multiprocessor (2048 threads, 228 KiB on an H100) is full.
 TILE_BYTES = 32768
 CLASSES_PER_LANE = 8  # of a short row
 STRIDED_LANES = 8  # of a strided row: 32 rows side by side are whole sectors of memory
@@ -126,9 +125,9 @@ def _launch_rows(
     outer, classes, inner = logits.shape
     strided = inner > 1 and logits.strides[2] < logits.strides[1]
     lanes = STRIDED_LANES if strided else 4
-    while not strided and lanes < BLOCK and lanes * CLASSES_PER_LANE < classes:
+    while not strided and lanes < kernels.THREADS and lanes * CLASSES_PER_LANE < classes:
         lanes *= 2
-    rows = BLOCK // lanes
+    rows = kernels.THREADS // lanes
     per, operands = kernels.VECTOR_BYTES // logits.itemsize, 1 if other is None else 2
     most = TILE_BYTES // (rows * operands * logits.itemsize) // per * per
     tile = max(per, min(most, -(-classes // per) * per))
@@ -241,7 +240,7 @@ def cross_entropy(
         _, inverse = allocate(owner, (2,), _real(dtype))
         row_weights = labels, options.ignore_index, sample_weight, weight if reduction.weighted else None, reduction.weighted
         partial = _sum_rows(kernels.sum_weights, losses, *losses.shape, *row_weights)
-        _launch(kernels.invert_total, owner, 1, (BLOCK, 1), 0, partial, denominator, inverse, status.words)
+        _launch(kernels.invert_total, owner, 1, (kernels.THREADS, 1), 0, partial, denominator, inverse, status.words)
     numbers = kernels.LossNumbers(
         *_inverse(1.0 if options.softcap else options.temperature, dtype),
         *_numbers(dtype, options.label_smoothing, options.z_loss, *options.scale),
@@ -253,7 +252,7 @@ def cross_entropy(
     if reduction.result is not None:
         partial = _sum_rows(kernels.sum_losses, losses, losses)
         closing = partial, reduction.denominator or 0.0, denominator, reduction.mean, reduction.result, status.words
-        _launch(kernels.reduce_total, owner, 1, (BLOCK, 1), 0, *closing)
+        _launch(kernels.reduce_total, owner, 1, (kernels.THREADS, 1), 0, *closing)
     checked = labels is not None or sample_weight is not None or weight is not None
     return status if checked else None
 
@@ -262,7 +261,7 @@ def _sum_rows(kernel: Any, losses: DeviceArray, *arguments: Any) -> DeviceArray:
     """One sum of each kernels.ROWS rows."""
     grid = -(-losses.size // kernels.ROWS)
     _, partial = allocate(losses.owner, (grid,), np.dtype(np.float64))
-    _launch(kernel, losses.owner, grid, (BLOCK, 1), 0, *arguments, partial)
+    _launch(kernel, losses.owner, grid, (kernels.THREADS, 1), 0, *arguments, partial)
     return partial
 
 

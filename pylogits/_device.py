@@ -61,7 +61,7 @@ def memory(
     """Some of an array's memory."""
     interface = {"version": 3, "data": data, "shape": shape, "typestr": typestr, "strides": strides}
     found = np.asarray(_Memory(owner, interface)).view(DeviceArray)
-    if found.dtype.str == "<V2":  # as bfloat16 has no code of its own there
+    if found.dtype.kind == "V" and found.itemsize == 2:  # bfloat16 has no code of its own there
         found = found.view(ml_dtypes.bfloat16)
     found.owner = owner
     return found

@@ -127,12 +127,12 @@ class Problem(NamedTuple):
         row_inputs = [self.labels(), self.per_row(self.sample_weight), self.per_row(self.loss_grad)]
         _rows.run(kernel, module.DTYPES, (self.axis,), self._operands(logits, row_inputs, grad, losses), _raise_changed)
 
-    def run_on_gpu(self, logits: Array, grad: Array | None, result: Array) -> None:
+    def run_on_gpu(self, logits: Any, grad: Array | None, result: Array) -> None:
         """The losses, or what they are reduced to, and the gradient."""
         module, losses, reduced = _dispatch.on_gpu(), result, None
         mean = self.reduction == "mean"
         if self.reduction != "none":
-            _, losses = _rows.allocate(logits, self.rows, self.dtype)
+            _, losses = _rows.allocate(logits.owner, self.rows, self.dtype)
             reduced = result.reshape(1)
         reduction = module.Reduction(reduced, self.denominator, weighted=mean, mean=mean)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-from numba.cuda.simulator.kernelapi import FakeCUDAModule
+from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 from pylogits.kernels import cuda as kernels
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
@@ -20,6 +20,17 @@ def fma(self, a, b, c):
     """a * b + c, rounded once: the simulator's is rounded twice."""
     kind = type(a)
     return kind(_FMA[kind][0](a, b, c))
+
+
+_dynamic_array = FakeCUDAShared.array
+
+
+def shared_array(self, shape, dtype):
+    """One array for all threads: of the simulator's, two that come at once may get one each."""
+    if shape == 0:
+        return _dynamic_array(self, shape, dtype)
+    caller = sys._getframe(1)
+    return self._allocations.setdefault((caller.f_code, caller.f_lineno), np.empty(shape, str(dtype)))
 
 
 def mul(a, b):
@@ -55,7 +66,7 @@ def as_cuda_array(array, sync):
 
 
 def install():
-    FakeCUDAModule.fma = fma
+    FakeCUDAModule.fma, FakeCUDAShared.array = fma, shared_array
     FakeCUDAArray.__cuda_array_interface__ = property(interface_of)
     cuda.as_cuda_array = as_cuda_array
     cuda.is_available = lambda: True
