@@ -21,7 +21,7 @@ from pylogits.kernels import cuda as kernels
 
 DTYPES = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
-# A block has kernels.THREADS threads and so much shared memory that a multiprocessor (2048 threads, 228 KiB on an H100) is full.
+# Of shared memory for the rows of a block: seven blocks fit into a multiprocessor of an H100, which has 228 KiB.
 TILE_BYTES = 32768
 CLASSES_PER_LANE = 8  # of a short row
 STRIDED_LANES = 8  # of a strided row: 32 rows side by side are whole sectors of memory

@@ -76,15 +76,31 @@ def check(case, **geometry):
 
 OPS = ("softmax", "log_softmax", "logsumexp", "selective_log_softmax")
 LOSSES = ("softmax_cross_entropy_with_logits", "sparse_softmax_cross_entropy_with_logits")
-ARRANGEMENTS = {"short": ((3, 10), -1), "tiles": ((2, 203), -1), "strided": ((2, 70, 5), 1)}
+SHORT, TILES, STRIDED = ((3, 10), -1), ((2, 203), -1), ((2, 70, 5), 1)
+ROWS = {"float32": (SHORT, TILES, STRIDED), "float64": (TILES,), "float16": (SHORT,), "bfloat16": (STRIDED,)}
+
+
+def test_the_simulator_computes_as_a_gpu_does():
+    if not SIMULATED:
+        pytest.skip("this is the GPU")
+    real, one = np.float32, np.float32(1)
+    assert cuda_simulator.fma(None, one + real(2**-12), one + real(2**-12), real(-1 - 2**-11)) == 2.0**-24
+    assert cuda_simulator.mul(one + real(2**-12), one + real(2**-12)) == 1 + 2.0**-11
+    assert [cuda_simulator.power_of(real(x)) for x in (1, 1.41, 1.42, 2**20 + 1)] == [0, 0, 1, 20]
+    k = kernels.constants_of("float32")
+    assert cuda_simulator.scale_of(k.round_shift - real(3)) == 2.0**-3 * k.exp_scale
+    halves = np.arange(16, dtype=np.float16)
+    copied = np.zeros((1, 24, 1), np.float16)
+    cuda_simulator.copy_vector(copied, (0, 8, 0), halves, 4)
+    np.testing.assert_array_equal(copied[0, 8:16, 0], halves[4:12])
+    assert copied.sum() == halves[4:12].sum()
 
 
 @pytest.mark.parametrize("op", OPS + LOSSES)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_operation(op, dtype, arrangement):
-    shape, axis = ARRANGEMENTS[arrangement]
-    check(Case(op, dtype, shape, axis))
+@pytest.mark.parametrize("dtype", ROWS)
+def test_operation(op, dtype):
+    for shape, axis in ROWS[dtype]:
+        check(Case(op, dtype, shape, axis))
 
 
 @pytest.mark.parametrize("op", OPS[:3])
@@ -151,8 +167,8 @@ def problems():
     rng = np.random.default_rng(1)
     for option in ("plain", "weight", "label_smoothing", "z_loss", "softcap", "temperature", "where", "sample_weight", "all"):
         for soft in (False, True):
-            for dtype in (np.float32, np.float64):
-                rows, classes = (6, 11) if option != "all" else (3, 150)
+            for dtype in (np.float32, np.float64) if option in ("weight", "all") else (np.float32,):
+                rows, classes = (3, 11) if option != "all" else (2, 150)
                 targets = rng.random((rows, classes)).astype(dtype) if soft else rng.integers(classes, size=rows)
                 every = every_option(rng, rows, classes, targets, dtype)
                 options = every if option == "all" else {option: every[option]} if option in every else {}
