@@ -87,8 +87,22 @@ Sums = namedtuple("Sums", "mass mass_lo dot dot_lo")  # of q and q (maximum - x)
 Gathered = namedtuple("Gathered", "maximum total total_lo count targets even")
 
 
+class _Nothing:
+    """How an option that is not used is passed to a kernel: Numba compiles for None, and knows no way to pass it."""
+
+    @staticmethod
+    def prepare_args(kind, value, stream, retr):
+        return (types.CPointer(types.void), 0) if kind == types.none else (kind, value)
+
+
 def device(function):
     return cuda.jit(device=True)(function)
+
+
+def kernel(function):
+    compiled = cuda.jit(function)
+    compiled.extensions.append(_Nothing)
+    return compiled
 
 
 # ---- what Python has no word for ----
@@ -832,10 +846,12 @@ def is_masked(where, outer, label, inner):
         return masked and others
 
 
+@kernel
 def clear(status):
     status[0], status[1] = 0, 0
 
 
+@kernel
 def check_labels(labels, classes, ignore_index, where, status):
     """status[0] = 1 where a label is bad. All threads that write it write the same."""
     outer, picks, inner = labels.shape
@@ -848,6 +864,7 @@ def check_labels(labels, classes, ignore_index, where, status):
             status[0] = 1
 
 
+@kernel
 def check_finite(numbers, status):
     at, inner = cuda.grid(1), numbers.shape[1]
     if at < numbers.shape[0] * inner:
@@ -871,6 +888,7 @@ def join_threads(room, value):
     return room[0]
 
 
+@kernel
 def sum_losses(losses, partial):
     """The sums of ROWS rows each."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -898,6 +916,7 @@ def weight_of_row(labels, ignore_index, sample_weight, weight, weighted, outer, 
     return number
 
 
+@kernel
 def sum_weights(rows, inner, labels, ignore_index, sample_weight, weight, weighted, partial):
     room = cuda.shared.array(THREADS, types.float64)
     total = 0.0
@@ -914,6 +933,7 @@ def sum_partial(partial, room):
     return join_threads(room, total)
 
 
+@kernel
 def invert_total(partial, denominator, inverse, status):
     """A mean's denominator, and its inverse as a pair; 0 and status[1] = 1 where nothing counts."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -930,6 +950,7 @@ def invert_total(partial, denominator, inverse, status):
             inverse[1] = cuda.fma(-total, float(inverse[0]), 1.0) / total
 
 
+@kernel
 def reduce_total(partial, known, denominator, mean, result, status):
     """The sum of the losses over the denominator, which is `known`, or made by `invert_total`."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -944,11 +965,6 @@ def reduce_total(partial, known, denominator, mean, result, status):
             result[0] = math.nan if mean else 0.0
 
 
-clear, check_labels, check_finite = cuda.jit(clear), cuda.jit(check_labels), cuda.jit(check_finite)
-sum_losses, sum_weights = cuda.jit(sum_losses), cuda.jit(sum_weights)
-invert_total, reduce_total = cuda.jit(invert_total), cuda.jit(reduce_total)
-
-
 # ---- the kernels of rows ----
 
 
@@ -959,41 +975,41 @@ def kernels_of(name):
     real = types.float64 if name == "float64" else types.float32
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(name, real)
 
-    @cuda.jit
+    @kernel
     def activate_rows(plan, x, where, t, log, out, sums):
-        tile = cuda.shared.array(0, element)
+        tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         activate(k, plan, x, where, t, log, out, sums, tile, room)
 
-    @cuda.jit
+    @kernel
     def pick_classes(plan, x, indices, t, status, out):
-        tile = cuda.shared.array(0, element)
+        tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         pick(k, plan, x, indices, t, status, out, tile, room)
 
-    @cuda.jit
+    @kernel
     def lose_rows(
         plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
         losses, grad,
     ):  # fmt: skip
-        tile = cuda.shared.array(0, element)
+        tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         lose(
             k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap,
             status, losses, grad, tile, room,
         )  # fmt: skip
 
-    @cuda.jit
+    @kernel
     def slope_rows(plan, p, grad, log, out):
-        tile = cuda.shared.array(0, element)
+        tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         slope_back(k, plan, p, grad, log, out, tile, room)
 
-    @cuda.jit
+    @kernel
     def score_rows(
         plan, x, labels, t, status, prediction, confidence, entropy, logsumexp, best, chances, losses, correct
     ):  # fmt: skip
-        tile = cuda.shared.array(0, element)
+        tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         seats = cuda.shared.array(THREADS, types.int64)
         outputs = prediction, confidence, entropy, logsumexp, best, chances, losses, correct

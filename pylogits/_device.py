@@ -32,6 +32,9 @@ class DeviceArray(np.ndarray[Any, Any]):
     def __array_finalize__(self, parent: Any) -> None:
         self.owner = getattr(parent, "owner", None)
 
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"arrays on a GPU are not converted: pass {dtype}, not {self.dtype}")
+
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {**self.__array_interface__, "version": 3}

@@ -25,7 +25,7 @@ def fma(self, a, b, c):
 _dynamic_array = FakeCUDAShared.array
 
 
-def shared_array(self, shape, dtype):
+def shared_array(self, shape, dtype, alignment=None):
     """One array for all threads: of the simulator's, two that come at once may get one each."""
     if shape == 0:
         return _dynamic_array(self, shape, dtype)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,7 +91,18 @@ def test_ptx(dtype, architectures, names):
         for architecture in architectures:
             one = ptx.Compiled(name, dtype, architecture, ptx.compile_ptx(kernel, signature, architecture))
             assert f".target sm_{architecture}" in one.ptx
+            assert one.count(r"\.extern \.shared \.align 16\b") == 1  # of the tile, for vectors
             assert not ptx.faults(one), (name, architecture)
+
+
+def test_an_option_that_is_not_used_is_a_null_pointer():
+    from numba import types
+    from numba.cuda.dispatcher import _Kernel
+    from pylogits.kernels import cuda as kernels
+
+    passed = []
+    _Kernel._prepare_args(SimpleNamespace(extensions=kernels.clear.extensions), types.none, None, 0, [], passed)
+    assert passed == [0]
 
 
 def test_ptx_over_rows():
