@@ -16,7 +16,7 @@ def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: flo
     ----------
     logits : array_like of float, shape (..., C, ...)
         Raw scores. float16 and bfloat16 are computed in float32 and rounded once; integers and booleans are taken as
-        float64. A CPU torch tensor gives a torch tensor.
+        float64. A torch tensor gives a torch tensor, an array on a GPU one there.
     axis : int, tuple of int or None, optional
         The class axis, the last by default. Several axes, or all of them (None), form one distribution.
     where : array_like of bool, optional
