@@ -4,6 +4,7 @@ It has the functions of `_reference`, of which none waits for the GPU. Where lab
 `Status`, which has what the kernels found.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import array_api_compat
 import ml_dtypes
 import numpy as np
 from numba import cuda
+from numba.core.errors import NumbaPerformanceWarning
 from numpy.lib.array_utils import byte_bounds
 
 from pylogits import _device
@@ -38,7 +40,7 @@ def is_available() -> bool:
 def allocate(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, DeviceArray]:
     """A new array of the library of `like`, on its GPU, and its memory."""
     if hasattr(like, "__cuda_ndarray__"):  # Numba's own
-        made = cuda.device_array(shape, dtype, stream=_stream(like))
+        made = cuda.device_array(shape, dtype, stream=like.stream)
     else:
         namespace = array_api_compat.array_namespace(like)
         made = namespace.empty(shape, dtype=getattr(namespace, dtype.name), device=array_api_compat.device(like))
@@ -80,7 +82,10 @@ def _argument(value: Any) -> Any:
 
 def _launch(kernel: Any, owner: Any, grid: int, block: tuple[int, int], shared: int, *arguments: Any) -> None:
     with _on_device(owner):
-        kernel[grid, block, _stream(owner), shared](*map(_argument, arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumbaPerformanceWarning)  # a small grid: a hint for who writes a kernel
+            configured = kernel[grid, block, _stream(owner), shared]
+        configured(*map(_argument, arguments))
 
 
 class Status:

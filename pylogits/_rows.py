@@ -42,10 +42,9 @@ _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 def to_array(array: Any, name: str, on_gpu: bool | None = None) -> Array:
     """`to_numpy`, or the memory of an array on a GPU; `on_gpu` says where it must be, as the logits are there."""
     found = _device.is_on_gpu(array)
-    if on_gpu is not None and found != on_gpu:
-        places = ("in main memory", "on a GPU")
-        raise TypeError(f"{name} must be {places[on_gpu]}, where the logits are, not {places[found]}")
-    if not found:
+    if on_gpu and not found:
+        raise TypeError(f"{name} is in main memory; beside logits on a GPU, only arrays there are supported")
+    if not found or on_gpu is False:
         return to_numpy(array, name)
     _dispatch.on_gpu()
     return _device.view(array)

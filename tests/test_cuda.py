@@ -62,7 +62,7 @@ except ImportError as error:
 
 
 def test_operands_in_main_memory_do_not_mix_with_a_gpu():
-    with pytest.raises(TypeError, match="labels must be in main memory, where the logits are, not on a GPU"):
+    with pytest.raises(TypeError, match="labels is on a GPU; only arrays in main memory"):
         pylogits.sparse_softmax_cross_entropy_with_logits(labels=OnGpu(), logits=[[0.5, 1.5, 0.1]])
     with pytest.raises(TypeError, match="inputs is on a GPU; only arrays in main memory"):
         pylogits.linear_cross_entropy(OnGpu(), [[1.0, 2.0, 3.0]], [0, 0])

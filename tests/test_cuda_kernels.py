@@ -5,6 +5,7 @@ The simulator runs a thread of a block as a thread of Python: blocks are of 8 th
 
 import importlib
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,10 +319,11 @@ def test_the_mean_of_nothing():
 
 
 def test_operands_lie_on_one_side():
-    for give, take in ((to_gpu, np.asarray), (np.asarray, to_gpu)):
-        with pytest.raises(TypeError, match=r"labels must be .* not "):
-            pylogits.sparse_softmax_cross_entropy_with_logits(labels=take(np.array([0, 1])), logits=give(X))
-        with pytest.raises(TypeError, match=r"out must be .* not "):
+    labels = np.array([0, 1])
+    for give, take, place in ((to_gpu, np.asarray, "in main memory"), (np.asarray, to_gpu, "on a GPU")):
+        with pytest.raises(TypeError, match=f"labels is {place}; "):
+            pylogits.sparse_softmax_cross_entropy_with_logits(labels=take(labels), logits=give(X))
+        with pytest.raises(TypeError, match=f"out is {place}; "):
             pylogits.softmax(give(X), out=take(X))
 
 
@@ -347,6 +349,38 @@ def test_views():
     np.testing.assert_allclose(to_host(scalar), pylogits.logsumexp(x, axis=None), rtol=3e-7)
     with pytest.raises(ValueError, match="strides that have rows"):
         pylogits.softmax(cuda.to_device(np.zeros((2, 3, 4), np.float32)), axis=(0, 2))
+
+
+class OfALibrary:
+    """An array of a library that allocates, on the GPU number 0 and on its own stream."""
+
+    device = SimpleNamespace(id=0)
+
+    def __init__(self, array):
+        self.array = array
+        self.__cuda_array_interface__ = {**array.__array_interface__, "version": 3, "stream": 7}
+
+    def __array_namespace__(self, api_version=None):
+        return OfALibrary
+
+    float32, int32, float64 = np.float32, np.int32, np.float64
+
+    @staticmethod
+    def empty(shape, *, dtype, device):
+        assert device is OfALibrary.device
+        return OfALibrary(np.empty(shape, dtype))
+
+
+def test_results_come_from_the_library_and_by_way_of_its_stream(monkeypatch):
+    if not SIMULATED:
+        pytest.skip("the simulator takes memory of the CPU for that of a GPU")
+    streams = []
+    monkeypatch.setattr(cuda, "external_stream", lambda number: streams.append(number) or cuda.default_stream())
+    loss, grad = value_and_grad(OfALibrary(X), OfALibrary(np.array([1, 2])))
+    assert isinstance(loss, OfALibrary) and isinstance(grad, OfALibrary)
+    np.testing.assert_allclose(loss.array, 0.8393433, rtol=1e-6)
+    np.testing.assert_allclose(grad.array, [[0.1139314, -0.1903021, 0.0763706], [0.2483731, 0.1009809, -0.349354]], rtol=1e-5)
+    assert set(streams) == {7}
 
 
 def test_empty():

@@ -110,6 +110,7 @@ def test_every_public_name_is_there():
         "score",
         "Scores",
         "check_logits",
+        "deferred_checks",
         "DoubleSoftmaxWarning",
         "get_num_threads",
         "set_num_threads",
