@@ -58,7 +58,7 @@ OPERATIONS = {
 
 
 def seconds(flush, call, *arguments):
-    """Return the median time of a call on the GPU, the cache empty at its start; compilation is in the first third, left out."""
+    """Return the median time of a call on the GPU, the cache empty at its start; compilation is in the third left out."""
     times = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -48,21 +48,21 @@ def signatures(dtype):
     scores = labels, rows, rows, rows, picks, array(real, 3), rows, array(yes, 2)
     of = kernels.kernels_of(dtype)
     return {
-        "activate": (of.activate, (plan, full, no, pair, yes, full, no)),
-        "activate, where": (of.activate, (plan, full, mask, pair, yes, full, no)),
-        "activate, sums": (of.activate, (plan, full, no, pair, yes, no, rows)),
-        "pick": (of.pick, (plan, full, picks, pair, status, full)),
-        "lose": (of.lose, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, no)),
-        "lose, grad": (of.lose, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, full)),
-        "lose, hard, all options": (
-            of.lose,
+        "softmax": (of.softmax, (plan, full, no, pair, yes, full, no)),
+        "softmax, where": (of.softmax, (plan, full, mask, pair, yes, full, no)),
+        "softmax, sums": (of.softmax, (plan, full, no, pair, yes, no, rows)),
+        "selective_log_softmax": (of.selective_log_softmax, (plan, full, picks, pair, status, full)),
+        "cross_entropy": (of.cross_entropy, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, no)),
+        "cross_entropy, grad": (of.cross_entropy, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, full)),
+        "cross_entropy, hard, all options": (
+            of.cross_entropy,
             (plan, numbers, full, mask, no, labels, integer, ones, rows, rows, ones, cap, status, rows, full),
         ),
-        "lose, soft, all options": (
-            of.lose,
+        "cross_entropy, soft, all options": (
+            of.cross_entropy,
             (plan, numbers, full, mask, full, no, no, ones, rows, rows, ones, cap, status, rows, full),
         ),
-        "slope_back": (of.slope_back, (plan, full, full, yes, full)),
+        "backward": (of.backward, (plan, full, full, yes, full)),
         "score": (of.score, (plan, full, labels, pair, status, *scores)),
     }
 
@@ -132,12 +132,12 @@ def main():
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     chosen = parser.parse_args()
-    print(f"{'kernel':28} {'dtype':9} {'arch':>6} {'registers':>9} {'spilled':>7} {'16-byte':>7} {'f64':>5}")
+    print(f"{'kernel':34} {'dtype':9} {'arch':>6} {'registers':>9} {'spilled':>7} {'16-byte':>7} {'f64':>5}")
     bad = False
     for one in compiled(chosen.arch, chosen.dtype):
         registers, stores, loads = assemble(one)
         wide, doubles = one.count(r"global\.v4"), one.count(r"\.f64\s")
-        line = f"{one.kernel:28} {one.dtype:9} {one.architecture:6} {registers:9} {stores + loads:7} {wide:7} {doubles:5}"
+        line = f"{one.kernel:34} {one.dtype:9} {one.architecture:6} {registers:9} {stores + loads:7} {wide:7} {doubles:5}"
         print(line, *faults(one), flush=True)
         bad = bad or bool(stores or loads or faults(one))
     sys.exit(bad)

@@ -4,8 +4,8 @@ A row belongs to LANES threads of a block, a power of two that depends on its le
 tile at a time, and go over the tile there: a row that fits into one tile is read once, a longer one once more for an output of
 its size. Sums are pairs, added lane by lane and joined as a tree: a row's bits do not depend on the rows around it.
 
-What is exact here and why is told in docs/numerics.md; names and constants are those of `kernels/cpu.py`. `launch geometry` is
-decided in `pylogits/_cuda.py`.
+What is exact here and why is told in docs/numerics.md; names and constants are those of `kernels/cpu.py`. How kernels are
+launched is decided in `pylogits/_cuda.py`.
 
 NVVM contracts a product and a sum into a fused multiply-add. Where a product's rounding error counts, it is written `mul`,
 which is not contracted.
@@ -586,7 +586,7 @@ def log_probability(k, x, g, f, t):
 
 
 @device
-def activate(k, plan, x, where, t, log, out, sums, tile, room):
+def softmax(k, plan, x, where, t, log, out, sums, tile, room):
     """softmax or log_softmax to `out`, logsumexp to `sums`."""
     row = place(plan, x)
     g = gather(k, plan, row, x, None, where, None, None, t, False, tile, room)
@@ -612,7 +612,7 @@ def activate(k, plan, x, where, t, log, out, sums, tile, room):
 
 
 @device
-def pick(k, plan, x, indices, t, status, out, tile, room):
+def selective_log_softmax(k, plan, x, indices, t, status, out, tile, room):
     """The log-probabilities of some classes, unless an index is bad."""
     row = place(plan, x)
     g = gather(k, plan, row, x, None, None, None, None, t, False, tile, room)
@@ -692,7 +692,7 @@ def is_ignored(label, ignore_index):
 
 
 @device
-def lose(
+def cross_entropy(
     k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
     losses, grad, tile, room,
 ):  # fmt: skip
@@ -719,7 +719,7 @@ def lose(
 
 
 @device
-def slope_back(k, plan, p, grad, log, out, tile, room):
+def backward(k, plan, p, grad, log, out, tile, room):
     """p (g - sum(g p)), or with `log` g - exp(log p) sum(g)."""
     row = place(plan, p)
     sums = k.zero, k.zero
@@ -976,37 +976,37 @@ def kernels_of(name):
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(name, real)
 
     @kernel
-    def activate_rows(plan, x, where, t, log, out, sums):
+    def softmax_kernel(plan, x, where, t, log, out, sums):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        activate(k, plan, x, where, t, log, out, sums, tile, room)
+        softmax(k, plan, x, where, t, log, out, sums, tile, room)
 
     @kernel
-    def pick_classes(plan, x, indices, t, status, out):
+    def selective_log_softmax_kernel(plan, x, indices, t, status, out):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        pick(k, plan, x, indices, t, status, out, tile, room)
+        selective_log_softmax(k, plan, x, indices, t, status, out, tile, room)
 
     @kernel
-    def lose_rows(
+    def cross_entropy_kernel(
         plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
         losses, grad,
     ):  # fmt: skip
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        lose(
+        cross_entropy(
             k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap,
             status, losses, grad, tile, room,
         )  # fmt: skip
 
     @kernel
-    def slope_rows(plan, p, grad, log, out):
+    def backward_kernel(plan, p, grad, log, out):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        slope_back(k, plan, p, grad, log, out, tile, room)
+        backward(k, plan, p, grad, log, out, tile, room)
 
     @kernel
-    def score_rows(
+    def score_kernel(
         plan, x, labels, t, status, prediction, confidence, entropy, logsumexp, best, chances, losses, correct
     ):  # fmt: skip
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
@@ -1015,4 +1015,10 @@ def kernels_of(name):
         outputs = prediction, confidence, entropy, logsumexp, best, chances, losses, correct
         score(k, plan, x, labels, t, status, outputs, tile, room, seats)
 
-    return SimpleNamespace(activate=activate_rows, pick=pick_classes, lose=lose_rows, slope_back=slope_rows, score=score_rows)
+    return SimpleNamespace(
+        softmax=softmax_kernel,
+        selective_log_softmax=selective_log_softmax_kernel,
+        cross_entropy=cross_entropy_kernel,
+        backward=backward_kernel,
+        score=score_kernel,
+    )

@@ -81,6 +81,8 @@ def _argument(value: Any) -> Any:
 
 
 def _launch(kernel: Any, owner: Any, grid: int, block: tuple[int, int], shared: int, *arguments: Any) -> None:
+    if grid == 0:  # CUDA refuses it
+        return
     with _on_device(owner):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NumbaPerformanceWarning)  # a small grid: a hint for who writes a kernel
@@ -159,15 +161,15 @@ def _inverse(temperature: float, dtype: np.dtype[Any]) -> tuple[Any, ...]:
 
 
 def softmax(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("activate", logits, None, out, logits, where, _inverse(temperature, logits.dtype), False, out, None)
+    _launch_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), False, out, None)
 
 
 def log_softmax(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("activate", logits, None, out, logits, where, _inverse(temperature, logits.dtype), True, out, None)
+    _launch_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), True, out, None)
 
 
 def logsumexp(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("activate", logits, None, None, logits, where, _inverse(temperature, logits.dtype), False, None, out)
+    _launch_rows("softmax", logits, None, None, logits, where, _inverse(temperature, logits.dtype), False, None, out)
 
 
 def selective_log_softmax(
@@ -175,16 +177,17 @@ def selective_log_softmax(
 ) -> Status:
     status = Status(logits.owner)
     status.check_labels(indices, logits.shape[1], None, None)
-    _launch_rows("pick", logits, None, None, logits, indices, _inverse(temperature, logits.dtype), status.words, out)
+    inverse = _inverse(temperature, logits.dtype)
+    _launch_rows("selective_log_softmax", logits, None, None, logits, indices, inverse, status.words, out)
     return status
 
 
 def softmax_backward(probs: DeviceArray, grad: DeviceArray, out: DeviceArray, threads: int) -> None:
-    _launch_rows("slope_back", probs, grad, out, probs, grad, False, out)
+    _launch_rows("backward", probs, grad, out, probs, grad, False, out)
 
 
 def log_softmax_backward(log_probs: DeviceArray, grad: DeviceArray, out: DeviceArray, threads: int) -> None:
-    _launch_rows("slope_back", log_probs, grad, out, log_probs, grad, True, out)
+    _launch_rows("backward", log_probs, grad, out, log_probs, grad, True, out)
 
 
 def score(logits: DeviceArray, targets: DeviceArray | None, temperature: float, scores: Scores, threads: int) -> Status:
@@ -251,8 +254,8 @@ def cross_entropy(
         *_numbers(dtype, options.label_smoothing, options.z_loss, *options.scale),
     )
     _launch_rows(
-        "lose", logits, probabilities, grad, numbers, logits, where, probabilities, labels, options.ignore_index, weight,
-        sample_weight, loss_grad, inverse, _cap(options, dtype), status.words, losses, grad,
+        "cross_entropy", logits, probabilities, grad, numbers, logits, where, probabilities, labels, options.ignore_index,
+        weight, sample_weight, loss_grad, inverse, _cap(options, dtype), status.words, losses, grad,
     )  # fmt: skip
     if reduction.result is not None:
         partial = _sum_rows(kernels.sum_losses, losses, losses)

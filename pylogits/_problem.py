@@ -131,6 +131,8 @@ class Problem(NamedTuple):
         """The losses, or what they are reduced to, and the gradient."""
         module, losses, reduced = _dispatch.on_gpu(), result, None
         mean = self.reduction == "mean"
+        if mean and self.denominator == 0:
+            _warn_of_nothing()
         if self.reduction != "none":
             _, losses = _rows.allocate(logits.owner, self.rows, self.dtype)
             reduced = result.reshape(1)

@@ -69,8 +69,8 @@ def test_operands_in_main_memory_do_not_mix_with_a_gpu():
 
 
 # Every kernel, with few options and with many; `make ptx` compiles all signatures for all, and assembles them.
-FEW = ("activate, sums", "pick", "lose", "slope_back", "score")
-MANY = ("activate, where", "lose, soft, all options")
+FEW = ("softmax, sums", "selective_log_softmax", "cross_entropy", "backward", "score")
+MANY = ("softmax, where", "cross_entropy, soft, all options")
 
 
 @pytest.mark.parametrize(

@@ -384,5 +384,10 @@ def test_results_come_from_the_library_and_by_way_of_its_stream(monkeypatch):
 
 
 def test_empty():
+    x, labels = np.empty((0, 3), np.float32), np.empty(0, np.int64)
+    assert on_gpu(value_and_grad, x, labels, reduction="sum")[0] == 0
+    assert on_gpu(pylogits.sparse_softmax_cross_entropy_with_logits, labels=labels, logits=x).shape == (0,)
+    with pytest.warns(RuntimeWarning, match="mean of no losses"):
+        assert np.isnan(on_gpu(pylogits.cross_entropy, x, labels))
     assert on_gpu(pylogits.softmax, np.empty((0, 3), np.float32)).shape == (0, 3)
     np.testing.assert_array_equal(on_gpu(pylogits.logsumexp, np.empty((2, 0), np.float32)), [-np.inf, -np.inf])
