@@ -72,18 +72,21 @@ def score(
         raise TypeError(f"top_k must be an int, not {top_k!r}") from None
     if not 1 <= k <= classes:
         raise ValueError(f"top_k must be between 1 and the number of classes, {classes}, not {k}")
-    labels = None
+    labels, on_gpu = None, _device.is_on_gpu(array)
     if targets is not None:
-        labels = _rows.check_integers(targets, "targets", _device.is_on_gpu(array))
+        labels = _rows.check_integers(targets, "targets", on_gpu)
         if labels.shape != rows:
             raise ValueError(f"targets must have the shape of logits without axis {number}, {rows}, not {labels.shape}")
     floats, integers = _rows.row_dtype(dtype), np.dtype(np.int64)
-    on_gpu = _device.is_on_gpu(array)
-    best = (*rows[:number], k, *rows[number:]) if on_gpu else (*rows, k)  # kernels of the CPU write the classes side by side
+    # Kernels of the CPU write the top k of a row side by side.
+    best = (*rows[:number], k, *rows[number:]) if on_gpu else (*rows, k)
     kinds = [(rows, integers), (rows, floats), (rows, floats), (rows, floats), (best, integers), (best, floats)]
     if labels is not None:
         kinds += [(rows, floats), (rows, np.dtype(np.bool_))]
     results = [_rows.empty(logits, shape, kind) for shape, kind in kinds]
+    row_outputs = list(results)
+    if on_gpu:
+        row_outputs[4:6] = [np.moveaxis(result, number, -1) for result in results[4:6]]
     if array.size:
         module, threads = _rows.backend(array, dtype, array.size)
 
@@ -98,9 +101,7 @@ def score(
             _rows.Operands(
                 [array],
                 row_inputs=[] if labels is None else [_rows.as_labels(labels)],
-                row_outputs=[
-                    np.moveaxis(result, number, -1) if on_gpu and i in (4, 5) else result for i, result in enumerate(results)
-                ],
+                row_outputs=row_outputs,
             ),
             None if labels is None else lambda: _rows.raise_bad_label(labels, "target", classes),
         )
