@@ -12,7 +12,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 # The stamp is newer than all that goes into the build, so that a target reinstalls only what has changed.
-SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py) $(wildcard kernels/*.py)
+SOURCES := pyproject.toml meson.build meson.options Makefile $(wildcard c/*) $(wildcard pylogits/*.py pylogits/batch/*.py) $(wildcard kernels/*.py)
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,8 @@ $(VENV)/installed: $(SOURCES)
 .PHONY: run
 run: $(VENV)/installed  ## score the digits logits in examples/ and show the worked example
 	cd examples && ../$(BIN)/python worked_example.py
-	$(BIN)/pylogits score examples/digits_logits.npy --targets examples/digits_targets.npy --top-k 3 --out scores.parquet
+	$(BIN)/pylogits score examples/digits_logits.npy --targets examples/digits_targets.npy --top-k 3 \
+		--out scores.parquet --report report.html
 
 .PHONY: test
 test: $(VENV)/installed  ## all tests
@@ -62,13 +63,37 @@ gpu: $(VENV)/installed  ## on a machine with a GPU and torch: the tests of the C
 	$(BIN)/pytest tests/test_cuda_kernels.py
 	$(BIN)/python bench/gpu.py --json gpu.json
 
+.PHONY: docs
+docs: $(VENV)/installed  ## the site, in build-docs/ (a warning is an error)
+	$(BIN)/python docs/figures.py
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q docs build-docs
+
+BENCHMARK := $(BIN)/pytest bench -q --benchmark-max-time=0.5 --benchmark-columns=min,median,rounds
+
 .PHONY: bench
-bench: $(VENV)/installed  ## pytest-benchmark suite, beside the peers that are installed (see `make peers`)
-	$(BIN)/pytest bench -q --benchmark-columns=min,median,rounds --benchmark-group-by=group
+bench: $(VENV)/installed  ## pytest-benchmark suite, its JSON in bench.json (BENCH='-k "[softmax-float32"' selects by name)
+	$(BENCHMARK) --benchmark-json=bench.json -m "not peer" $(BENCH)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/installed  ## the same beside the peers that are installed (see `make peers`), in bench-peers.json
+	$(BENCHMARK) --benchmark-json=bench-peers.json $(BENCH)
+
+.PHONY: charts
+charts: $(VENV)/installed  ## draw docs/charts/ from bench-peers.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[charts]"
+	$(BIN)/python bench/charts.py bench-peers.json
 
 .PHONY: bench-limits
 bench-limits: $(VENV)/installed  ## times beside the peers and the limits of the memory, and the goals (LIMITS="--growth" for growth)
 	$(BIN)/python bench/limits.py $(LIMITS)
+
+.PHONY: bench-compare
+bench-compare: $(VENV)/installed  ## the working tree and BASE=<revision> by turns: fails on a slowdown (COMPARE="--only numba")
+	$(BIN)/python bench/compare.py $(BASE) $(COMPARE)
+
+.PHONY: bench-instructions
+bench-instructions: $(BUILD)/native/count  ## instructions of the C kernels under Valgrind: fails on 2 % more (UPDATE=1 keeps the new)
+	$(PYTHON) bench/instructions.py $< $(if $(UPDATE),--update)
 
 .PHONY: bench-losses
 bench-losses: $(VENV)/installed  ## the losses, gradients and options beside the peers, the limits and the goals (LOSSES="--only softcap")
@@ -135,7 +160,7 @@ FUZZ_FLAGS := -max_len=64 -len_control=0 -print_final_stats=1
 
 # What a checker looks at is built without optimisation, which would take most of the time. The fuzzer is not told of
 # comparisons: that took half of its time, and there is nothing to find by them.
-$(BUILD)/native/%: BUILD_FLAGS := -g -fopenmp
+$(BUILD)/native/%: BUILD_FLAGS := -g -fopenmp -fschedule-insns
 $(BUILD)/sanitize/%: BUILD_FLAGS := -O0 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
 $(BUILD)/tsan/%: BUILD_FLAGS := -O0 -g -fsanitize=thread
 $(BUILD)/fuzz/%: BUILD_FLAGS := -O0 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -143,8 +168,8 @@ $(BUILD)/fuzz/%: BUILD_FLAGS := -O0 -g -fsanitize=fuzzer,address,undefined -fno-
 $(BUILD)/fuzz/%: CC := clang
 
 %/scalar.o: ISA_FLAGS := -fno-tree-vectorize
-%/avx2.o: ISA_FLAGS := -mavx2 -mfma
-%/avx512.o: ISA_FLAGS := -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+%/avx2.o: ISA_FLAGS := -mavx2 -mfma -mprfchw
+%/avx512.o: ISA_FLAGS := -mavx2 -mfma -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 
 X86_BUILDS := $(addprefix $(BUILD)/,native sanitize tsan fuzz)
 
@@ -152,12 +177,12 @@ $(foreach build,$(X86_BUILDS),$(build)/scalar.o $(build)/avx2.o $(build)/avx512.
 	mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(BUILD_FLAGS) $(ISA_FLAGS) -DPL_ISA=$(basename $(@F)) -c c/kernel.c -o $@
 
-# A program of c/: test_kernels, stress or fuzz.
+# A program of c/: test_kernels, stress, count or fuzz.
 define program
 $(1)/$(2): c/dispatch.c c/$(2).c $(1)/scalar.o $(1)/avx2.o $(1)/avx512.o
 	$$(CC) $$(C_FLAGS) $$(BUILD_FLAGS) $$^ -lm -o $$@
 endef
-$(foreach build,$(X86_BUILDS),$(foreach name,test_kernels stress fuzz,$(eval $(call program,$(build),$(name)))))
+$(foreach build,$(X86_BUILDS),$(foreach name,test_kernels stress count fuzz,$(eval $(call program,$(build),$(name)))))
 
 $(BUILD)/neon/test_kernels: $(C_SOURCES)
 	mkdir -p $(@D)
@@ -167,4 +192,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build scores.parquet gpu.json
+	rm -rf $(VENV) $(BUILD) build build-docs docs/generated scores.parquet gpu.json report.html bench*.json

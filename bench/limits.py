@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from peers import PEERS, SPARSE, active
 from side_by_side import ROUNDS, callers, medians, versions
-from timed import FULL_OPS, Case, arguments, label, moved_bytes
+from timed import FULL_OPS, Case, arguments, label, moved_bytes, timed_case
 
 import pylogits
 
@@ -44,9 +44,8 @@ class Row(NamedTuple):
 
 
 def row(op, *shape, dtype="float32", axis=-1, **goals):
-    """Return a row of the table; a large result goes to memory that is there."""
-    whole_call = shape == (1, 10)
-    return Row(Case(op, dtype, shape, axis, out="contiguous" if op in FULL_OPS and not whole_call else None), goals)
+    """Return a row of the table."""
+    return Row(timed_case(op, shape, dtype, axis), goals)
 
 
 ROWS = (
@@ -54,6 +53,7 @@ ROWS = (
     row(SPARSE, 1_000_000, 10, jax=0.2),
     row(SPARSE, 4096, 1000, torch=0.35),
     row(SPARSE, 16384, 128),
+    row(SPARSE, 1, 10),
     row("softmax", 256, 128256, copy=1.1),
     row("softmax", 1_000_000, 10, onnxruntime=0.33),
     row("softmax", 4096, 1000, onnxruntime=0.75),
@@ -71,6 +71,9 @@ ROWS = (
     row("logsumexp", 4096, 1000),
     row("softmax_cross_entropy_with_logits", 4096, 1000),
 )
+
+
+LIMITS = ("read", "copy")
 
 
 def compiled():
@@ -98,7 +101,7 @@ def limit_call(functions, case):
     logits, threads = arguments(case)["logits"], pylogits.get_num_threads()
     size = logits.nbytes
     if limit_of(case) == "read":
-        expected = np.bitwise_xor.reduce(logits.view(np.uint64), axis=None)
+        expected = np.bitwise_xor.reduce(logits.ravel().view(np.uint64))
         assert functions.read_all(logits.ctypes.data, size, threads) == expected
         return lambda data=logits.ctypes.data: functions.read_all(data, size, threads)
     target = np.empty_like(logits)

@@ -20,7 +20,7 @@ import numpy as np
 from limits import compiled, in_words, judge, limit_call, milliseconds, print_row
 from peers import BACKENDS, SPARSE, active
 from side_by_side import ROUNDS, cell, medians, versions
-from timed import SHAPES, Case, arguments
+from timed import OVER_CLASSES, OVER_ROWS, SHAPES, Case, arguments
 
 import pylogits
 
@@ -98,6 +98,8 @@ CASES = {  # and their goals: most of the time of someone else that C may take
     Loss("linear_cross_entropy", (512, 768, 50257)): {"matmul": 1.15},
     Loss("linear_cross_entropy", (512, 768, 50257), True): {},
 }
+
+SWEEPS = [Loss("cross_entropy", shape, gradient=True) for shape in (*OVER_CLASSES, *OVER_ROWS)]
 
 
 def plain(case):
@@ -204,6 +206,14 @@ def jax(case, arrays):
     compiled = jax.jit(jax.value_and_grad(loss) if case.gradient else loss)
     on_device = [jax.device_put(array) for array in arrays]
     return lambda: jax.tree.map(np.asarray, compiled(*on_device))
+
+
+def moved_bytes(case):
+    """Return what a call must read and write at least, but for single numbers a row."""
+    arrays, options = given(case._replace(gradient=False))
+    read = sum(array.nbytes for array in (*arrays, *options.values()) if isinstance(array, np.ndarray))
+    grads = arrays[:1] if case.op != "linear_cross_entropy" else arrays[:2]
+    return read + (sum(array.nbytes for array in grads) if case.gradient or case.op.endswith("_backward") else 0)
 
 
 def matmul(case, arrays):

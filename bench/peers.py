@@ -13,7 +13,7 @@ from timed import FULL_OPS, arguments
 import pylogits
 
 BACKENDS = ("c", "numba")
-PEERS = ("torch", "jax", "scipy", "onnxruntime")
+PEERS = ("torch", "jax", "scipy", "onnxruntime", "numpy")
 SPARSE = "sparse_softmax_cross_entropy_with_logits"
 
 
@@ -24,7 +24,7 @@ def prepare(name, case):
     out = np.empty_like(logits) if case.out else None
     if name in BACKENDS:
         return _ours(name, case, logits, labels, out)
-    maker = {"torch": _torch, "jax": _jax, "scipy": _scipy, "onnxruntime": _onnxruntime}[name]
+    maker = {"torch": _torch, "jax": _jax, "scipy": _scipy, "onnxruntime": _onnxruntime, "numpy": _numpy}[name]
     return maker(case, logits, labels, out)
 
 
@@ -118,6 +118,29 @@ def _scipy(case, logits, labels, out):
         return lambda: -(labels * special.log_softmax(logits, axis)).sum(axis)
     function = getattr(special, case.op)
     return lambda: function(logits, axis)
+
+
+def _numpy(case, logits, labels, out):
+    """As it is written down when there is no library: safe from overflow, and no more."""
+    axis = case.axis
+    picks = np.expand_dims(labels, axis) if case.op == SPARSE else None
+
+    def call():
+        x = logits - logits.max(axis, keepdims=True)
+        terms = np.exp(x)
+        total = terms.sum(axis, keepdims=True)
+        match case.op:
+            case "softmax":
+                return np.divide(terms, total, out=out)
+            case "log_softmax":
+                return np.subtract(x, np.log(total), out=out)
+            case "logsumexp":
+                return (np.log(total) + logits.max(axis, keepdims=True)).squeeze(axis)
+            case "softmax_cross_entropy_with_logits":
+                return (labels * (np.log(total) - x)).sum(axis)
+        return (np.log(total) - np.take_along_axis(x, picks, axis)).squeeze(axis)
+
+    return call
 
 
 def _onnxruntime(case, logits, labels, out):

@@ -1,7 +1,4 @@
-"""Backends and peers by turns, in one run: only so do their times compare.
-
-Run as ``python bench/side_by_side.py``.
-"""
+"""Calls by turns, in one run: only so do their times compare."""
 
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -9,11 +6,8 @@ from time import perf_counter
 from timeit import repeat
 
 from peers import BACKENDS, PEERS, active, prepare
-from timed import TIMED, check, label
+from timed import check
 
-import pylogits
-
-SHAPES = ((4096, 1000), (256, 128256), (1_000_000, 10), (16384, 128), (1, 10))
 ROUNDS = 15
 REPEATS = 3  # in a round
 SAMPLE_SECONDS = 0.002  # calls that are shorter are timed by the batch
@@ -67,23 +61,3 @@ def versions():
             yield f"{name} {version(name)}"
         except PackageNotFoundError:
             yield f"{name} missing"
-
-
-def main():
-    """Print a table in Markdown: median milliseconds and, in brackets, the ratio to torch."""
-    names = (*BACKENDS, *PEERS)
-    rows = []
-    for case in TIMED:
-        if case.dtype == "float32" and case.shape in SHAPES:
-            times = medians(callers(case))
-            of = times.get("torch")
-            cells = [cell(times[name], of) if name in times else "missing" for name in names]
-            rows.append([label(case), *cells])
-    pylogits.show_config()
-    print(f"{'peers':15} {', '.join(versions())}\n")
-    for row in (["median ms (of torch's)", *names], ["---"] * (1 + len(names)), *rows):
-        print("| " + " | ".join(row) + " |")
-
-
-if __name__ == "__main__":
-    main()

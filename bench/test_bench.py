@@ -1,36 +1,37 @@
-"""Every timed case on every backend and peer, for pytest-benchmark."""
+"""The registry of `suite.py` under pytest-benchmark. `-m "not peer"` leaves out all but pylogits; `-k` selects by name:
+`-k "[softmax-float32-4096x1000-c"`."""
 
-import losses
-import peers
 import pytest
-import timed
+import suite
+from peers import BACKENDS, active
 
 import pylogits
 
 
-def time(benchmark, module, name, case, group, check):
-    """Time a case as `module` prepares it, once its result is checked."""
+def parameter(run):
+    return pytest.param(run, id=str(run), marks=[] if run.by in BACKENDS else pytest.mark.peer)
+
+
+@pytest.fixture(autouse=True)
+def threads(run):
+    pylogits.set_num_threads(run.threads)
+    yield
+    pylogits.set_num_threads(suite.ALL_THREADS)
+
+
+@pytest.mark.parametrize("run", [parameter(run) for run in suite.runs()])
+def test_time(benchmark, run):
     try:
-        call = module.prepare(name, case)
+        call = run.prepare()
     except ImportError as error:
-        pytest.skip(f"{name}: {error}")
-    benchmark.group = group
-    benchmark.name = name
-    config = pylogits.show_config()
-    benchmark.extra_info |= {"threads": config["num_threads"], "isa": config["isa"]}
-    with peers.active(name):
-        check(call())  # and warm up: compilers, threads, memory
+        pytest.skip(f"{run.by}: {error}")
+    benchmark.group = run.label
+    benchmark.name = f"{run.by}-{run.threads}"
+    with active(run.by):
+        result = call()  # and warm up: compilers, threads, memory
+        run.check(result)
         benchmark(call)
-
-
-@pytest.mark.parametrize("name", [*peers.BACKENDS, *peers.PEERS])
-@pytest.mark.parametrize("case", timed.TIMED, ids=timed.label)
-def test_time(benchmark, case, name):
-    time(benchmark, peers, name, case, timed.label(case), lambda result: timed.check(case, result))
+    benchmark.extra_info |= {"op": run.op, "option": run.option, "dtype": run.case.dtype, "shape": run.case.shape, "by": run.by}
+    benchmark.extra_info |= {"threads": run.threads, "isa": pylogits.show_config()["isa"] if run.by == "c" else None}
     if benchmark.stats:  # --benchmark-disable runs each call once, untimed
-        benchmark.extra_info["GB/s"] = timed.moved_bytes(case) / benchmark.stats.stats.median / 1e9
-
-
-@pytest.mark.parametrize("case, name", [(case, name) for case in losses.CASES for name in losses.names(case)], ids=str)
-def test_loss(benchmark, case, name):
-    time(benchmark, losses, name, case, str(case), lambda result: losses.check(case, name, result))
+        benchmark.extra_info |= run.facts(benchmark.stats.stats.median, result)

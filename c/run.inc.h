@@ -5,14 +5,14 @@ static bool FN(side_by_side)(const struct pl_task *task)
   return task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
 }
 
-/* A tile pays where rows are short or lie side by side; few rows, and scoring, go by the row. How short was measured: with
+/* A tile pays where rows are short or lie side by side; few rows, and their top k, go by the row. How short was measured: with
  * results that have to be turned back up to about 100 floats or 40 doubles, without them up to 140 and 60. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   const bool backward = pl_is_backward(task), loss = task->operation == PL_CROSS_ENTROPY;
   const int64_t most = backward ? TILE / 2 : loss ? 2 * TILE / TILES_OF_LOSS : TILE; /* by the room that there is */
   const int64_t short_lines = backward ? 2 : pl_whole(task) ? 5 : 7;
-  if (task->operation == PL_SCORE || rows < LANES / 2) return false;
+  if ((task->operation == PL_SCORE && task->picks > 1) || rows < LANES / 2) return false;
   return task->classes <= short_lines * LANES || (task->classes <= most && FN(side_by_side)(task));
 }
 
@@ -93,14 +93,14 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   }
   if (FN(by_tile)(task, end - begin)) {
     struct FN(tile) tiles[TILES];
-    const int64_t each = task->operation == PL_CROSS_ENTROPY ? TILES_OF_LOSS : 1;
+    const int64_t each = task->operation == PL_CROSS_ENTROPY ? TILES_OF_LOSS : task->operation == PL_SCORE ? 2 : 1;
     const int64_t tile_size = task->classes * LANES;
     const int64_t fitting = (int64_t)(sizeof scratch / sizeof(REAL)) / (each * tile_size);
     const int64_t most = fitting < TILES ? fitting : TILES;
     for (int64_t i = 0; i < most; i++) {
       tiles[i].x = scratch + i * each * tile_size;
       tiles[i].q = each > 1 ? tiles[i].x + tile_size : NULL;
-      tiles[i].other = each > 1 ? tiles[i].x + 2 * tile_size : NULL;
+      tiles[i].other = each > 2 ? tiles[i].x + 2 * tile_size : NULL;
     }
     for (int64_t r = begin; r < end; r += most * LANES) {
       const int64_t rows = end - r < most * LANES ? end - r : most * LANES;

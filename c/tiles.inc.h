@@ -295,7 +295,7 @@ struct FN(loss_tile) {
 struct FN(tile) {
   int64_t r, rows;
   REAL *x;         /* logits, then terms, then results: [class][row] */
-  REAL *q, *other; /* PL_CROSS_ENTROPY: two more */
+  REAL *q, *other; /* PL_CROSS_ENTROPY: two more; PL_SCORE: one, for the terms */
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
@@ -357,6 +357,78 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
   }
   FN(store_line)(task, r, rows, result);
   return -1;
+}
+
+/* ---- scores ---- */
+
+/* The class of each row's largest logit, and the logit: as keep_largest has it of one. */
+static void FN(largest_of_tile)(const REAL *x, int64_t classes, REAL *top_x, int32_t *top_index)
+{
+  for (int l = 0; l < LANES; l++) {
+    top_x[l] = x[l];
+    top_index[l] = 0;
+  }
+  for (int32_t c = 1; c < classes; c++) {
+    for (int l = 0; l < LANES; l++) {
+      const REAL logit = x[c * LANES + l];
+      const bool above = FN(above)(logit, top_x[l]);
+      top_x[l] = above ? logit : top_x[l];
+      top_index[l] = above ? c : top_index[l];
+    }
+  }
+}
+
+/* The sums of exp(x - max) * (max - x) / temperature; destroys the terms in q. */
+static void FN(entropy_dots)(const struct FN(tile) * tile, int64_t classes, struct FN(temperature) t, REAL *dot)
+{
+  REAL lo[LANES];
+  for (int64_t c = 0; c < classes; c++) {
+    REAL *e = tile->q + c * LANES;
+    for (int l = 0; l < LANES; l++) {
+      const REAL hi = FN(exponent)(tile->x[c * LANES + l], tile->max[l], t.inverse, t.inverse_lo, &lo[l]);
+      e[l] = e[l] == 0 ? 0 : e[l] * -hi;
+    }
+  }
+  FN(sum_tile)(tile->q, classes, dot, lo);
+  for (int l = 0; l < LANES; l++) dot[l] = FN(finite)(tile->max[l]) ? dot[l] / EXP_SCALE : 0;
+}
+
+/* Puts a number a row into an array of one axis. */
+static inline void FN(put_rows)(void *array, const struct FN(tile) * tile, const REAL *numbers)
+{
+  memcpy((REAL *)array + tile->r, numbers, (size_t)tile->rows * sizeof(REAL));
+}
+
+/* As score_row, for the largest logit alone. Its term is that of 0, or of no number. */
+static int64_t FN(write_score_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
+{
+  REAL top_x[LANES], dot[LANES], logsumexp[LANES], entropy[LANES], confidence[LANES], loss[LANES];
+  int32_t top_index[LANES];
+  int64_t bad = -1;
+  FN(largest_of_tile)(tile->x, task->classes, top_x, top_index);
+  FN(entropy_dots)(tile, task->classes, t, dot);
+  for (int l = 0; l < LANES; l++) {
+    const struct FN(closing) f = FN(closing_of)(&tile->f, l);
+    logsumexp[l] = FN(log_sum)(tile->max[l], tile->sum[l], f, t);
+    entropy[l] = f.log1p + dot[l] * (f.reciprocal * EXP_SCALE);
+    confidence[l] = FN(probability)(EXP_SCALE + (top_x[l] - top_x[l]), f);
+  }
+  FN(put_rows)(task->logsumexp, tile, logsumexp);
+  FN(put_rows)(task->entropy, tile, entropy);
+  FN(put_rows)(task->confidence, tile, confidence);
+  FN(put_rows)(task->top_k_probabilities, tile, confidence);
+  for (int64_t l = 0; l < tile->rows; l++) task->prediction[tile->r + l] = task->top_k_indices[tile->r + l] = top_index[l];
+  if (!task->labels.data) return -1;
+  for (int64_t l = 0; l < LANES; l++) {
+    const int64_t label = l < tile->rows ? FN(label)(task, tile->r + l, 0) : 0;
+    const bool inside = label >= 0 && label < task->classes;
+    loss[l] = inside ? tile->x[label * LANES + l] : NAN;
+    if (!inside && bad == -1) bad = FN(flat_label)(task, tile->r + l, 0);
+    if (l < tile->rows) task->correct[tile->r + l] = label == top_index[l];
+  }
+  for (int l = 0; l < LANES; l++) loss[l] = 0 - FN(log_probability)(loss[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
+  FN(put_rows)(task->loss, tile, loss);
+  return bad;
 }
 
 /* ---- the cross entropies: see loss.inc.h ---- */
@@ -525,7 +597,8 @@ INLINE void FN(ask_for)(const struct pl_task *task, const struct pl_view *view, 
 static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(temperature) t,
                              struct FN(tile) * tiles, int64_t count)
 {
-  const bool loss = task->operation == PL_CROSS_ENTROPY, keep = FN(keeps_terms)(task);
+  const bool loss = task->operation == PL_CROSS_ENTROPY, scoring = task->operation == PL_SCORE;
+  const bool keep = FN(keeps_terms)(task) || scoring;
   const struct pl_view *whole = pl_whole(task);
   const int whole_dtype = loss ? task->dtype : task->out_dtype;
   const bool full = rows == count * LANES && task->dtype == NATIVE_DTYPE && task->out_dtype == NATIVE_DTYPE;
@@ -554,8 +627,12 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
       if (bad == -1) bad = found;
       FN(spread_tile)(task, &tiles[i]);
     }
+    if (scoring) memcpy(tiles[i].q, x[i], (size_t)(task->classes * LANES) * sizeof(REAL)); /* both are needed to the end */
   }
-  for (int64_t i = 0; i < count; i++) FN(plant_tile)(x[i], task->classes, t, keep, tiles[i].max, &tiles[i].tree, tiles[i].ones);
+  for (int64_t i = 0; i < count; i++) {
+    REAL *terms = scoring ? tiles[i].q : x[i];
+    FN(plant_tile)(terms, task->classes, t, keep, tiles[i].max, &tiles[i].tree, tiles[i].ones);
+  }
   for (int64_t i = 0; i < count; i++) FN(finish_tile)(&tiles[i], task->classes);
   for (int64_t i = 0; i < count; i++) FN(close_rows)(task->operation, tiles[i].max, tiles[i].sum, tiles[i].sum_lo, &tiles[i].f);
   for (int64_t i = 0; i < count; i++) {
@@ -564,7 +641,7 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
       if (whole) FN(write_slope_tile)(task, &tiles[i]);
       FN(store_line)(task, tiles[i].r, tiles[i].rows, tiles[i].loss.value);
     } else {
-      const int64_t found = FN(write_tile)(task, &tiles[i], t);
+      const int64_t found = scoring ? FN(write_score_tile)(task, &tiles[i], t) : FN(write_tile)(task, &tiles[i], t);
       if (bad == -1) bad = found;
     }
     if (whole && !whole_strips) FN(store_tile)(task, whole, whole_dtype, tiles[i].r, tiles[i].rows, x[i]);

@@ -167,10 +167,30 @@ class Problem(NamedTuple):
         _check_values(found, classes)
         _raise_changed()
 
-    def reduce(self, total: Total) -> Array:
+    def known_denominator(self, rows: int) -> float | None:
+        """What the sum of the losses is divided by, where that depends on the number of rows alone."""
+        if self.reduction in ("none", "sum"):
+            return 1.0
+        weight = self.options.weight if self.reduction == "mean" and self.hard else None
+        weights = (self.sample_weight, self.ignore_index, weight)
+        if self.reduction == "sum_over_batch_size" or all(one is None for one in weights):
+            return float(rows)
+        return None
+
+    def count_rows(self, numbers: Array) -> None:
+        """Set what each row adds to the denominator."""
+        weighted = self.reduction == "mean"
+        counted = self.counted()
+        numbers[...] = 1 if counted is None else counted
+        if self.sample_weight is not None:
+            numbers *= self.sample_weight.astype(self.dtype) if weighted else self.sample_weight != 0
+        if weighted and self.hard and self.options.weight is not None:
+            numbers *= self.options.weight[self.targets if counted is None else np.where(counted, self.targets, 0)]
+
+    def reduce(self, total: Any) -> Array:
         """The sum of the losses over the denominator."""
         if self.denominator:
-            return np.asarray(total.sum() / self.denominator, self.dtype)
+            return np.asarray(total / self.denominator, self.dtype)
         if self.reduction == "mean":
             _warn_of_nothing()
             return np.asarray(np.nan, self.dtype)
@@ -193,9 +213,13 @@ def check_problem(
     where: Any,
     reduction: str,
     loss_grad: Any = None,
+    denominator: float | None = None,
     on_gpu: bool = False,
 ) -> Problem:
-    """The arguments of `cross_entropy` for logits of this shape and dtype, checked; values on a GPU are so by its kernels."""
+    """The arguments of `cross_entropy` for logits of this shape and dtype, checked; values on a GPU are so by its kernels.
+
+    A `denominator` is given where these rows are a part of those whose losses are summed.
+    """
     real = _rows.row_dtype(dtype)
     rows, classes = shape[:axis] + shape[axis + 1 :], shape[axis]
     check_classes(classes)
@@ -237,13 +261,14 @@ def check_problem(
         options,
         reduction,
     )
-    denominator = _known_denominator(problem) if on_gpu else _check_values(problem, classes)
+    known = problem.known_denominator(math.prod(rows))
+    denominator = known if on_gpu else _check_values(problem, classes, denominator)
     scale = reciprocal(denominator or 1.0, options.temperature, real)
     return problem._replace(options=options._replace(scale=scale), denominator=denominator)
 
 
-def _check_values(problem: Problem, classes: int) -> float:
-    """Check targets and weights; what the sum of the losses is divided by."""
+def _check_values(problem: Problem, classes: int, denominator: float | None = None) -> float:
+    """Check targets and weights; what the sum of the losses is divided by, unless it is given."""
     real, weight = problem.dtype, problem.options.weight
     if weight is not None and not _all_finite(weight, real):
         _raise_not_finite(weight, "weight", real)
@@ -253,7 +278,7 @@ def _check_values(problem: Problem, classes: int) -> float:
                 _raise_bad_label(problem, classes)
             if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
                 _raise_not_finite(problem.sample_weight, "sample_weight", real)
-        return _denominator(problem)
+        return _denominator(problem) if denominator is None else denominator
     except IndexError:  # by another thread, after it was checked
         _raise_changed()
 
@@ -272,32 +297,21 @@ def check_classes(classes: int) -> None:
         raise ValueError("logits have no classes: the class axis has length 0")
 
 
-def _known_denominator(problem: Problem) -> float | None:
-    """What the sum of the losses is divided by, unless it depends on targets or weights."""
-    if problem.reduction in ("none", "sum"):
-        return 1.0
-    weighted = problem.hard and problem.reduction == "mean" and problem.options.weight is not None
-    plain = problem.sample_weight is None and problem.ignore_index is None and not weighted
-    return float(math.prod(problem.rows)) if plain or problem.reduction == "sum_over_batch_size" else None
-
-
 def _denominator(problem: Problem) -> float:
-    """What the sum of the losses is divided by."""
-    known = _known_denominator(problem)
+    rows = math.prod(problem.rows)
+    known = problem.known_denominator(rows)
     if known is not None:
         return known
-    rows, weighted = math.prod(problem.rows), problem.reduction == "mean"
-    weight = problem.options.weight if weighted and problem.hard else None
     total = Total(rows, np.dtype(np.float64))
     for _, _, part in problem.parts():
-        numbers, counted = total.room(part.rows), part.counted()
-        numbers[...] = 1 if counted is None else counted
-        if part.sample_weight is not None:
-            numbers *= part.sample_weight.astype(part.dtype) if weighted else part.sample_weight != 0
-        if weight is not None:
-            numbers *= weight[part.targets if counted is None else np.where(counted, part.targets, 0)]
+        numbers = total.room(part.rows)
+        part.count_rows(numbers)
         total.add(numbers)
-    denominator = float(total.sum())
+    return check_denominator(total.sum())
+
+
+def check_denominator(total: Any) -> float:
+    denominator = float(total)
     if not math.isfinite(denominator):
         raise ValueError(f"a mean needs weights with a finite sum, not {denominator}")
     return denominator

@@ -46,6 +46,15 @@ class Scores(NamedTuple):
         With targets: the cross entropy, in nats.
     correct : ndarray of bool or None
         With targets: whether the prediction is the target.
+
+    Examples
+    --------
+    >>> import pylogits
+    >>> scores = pylogits.score([[0.5, 1.5, 0.1], [2.2, 1.3, 1.7]])
+    >>> scores.prediction
+    array([1, 0])
+    >>> scores.loss is None
+    True
     """
 
     prediction: Array

@@ -182,15 +182,18 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str 
     return array
 
 
-def raise_bad_label(labels: Array, name: str, classes: int) -> NoReturn:
-    """The ValueError for the first of `labels`, as the user gave them, that is outside [0, classes)."""
+def raise_bad_label(labels: Array, name: str, classes: int, start: Sequence[int] | int = 0) -> NoReturn:
+    """The ValueError for the first of `labels`, as the user gave them, that is outside [0, classes).
+
+    They may be a part of what the user gave, from the index `start` on.
+    """
     labels = to_host(labels)
     bad = np.argwhere((labels < 0) | (labels >= classes))
     if not len(bad):
         raise ValueError(f"a {name} changed while it was read")
-    index = tuple(int(i) for i in bad[0])
+    index = tuple(int(i) for i in bad[0] + start)
     place = f" at index {index}" if index else ""
-    raise ValueError(f"{name} {labels[index]}{place} is outside [0, {classes})")
+    raise ValueError(f"{name} {labels[tuple(bad[0])]}{place} is outside [0, {classes})")
 
 
 # ---- rows ----

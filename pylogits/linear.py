@@ -204,7 +204,7 @@ def _linear_cross_entropy(
             grad[...] = 0
     answers = {name: _rows.deliver(given[name], grad.astype(dtypes[name], copy=False), None) for name, grad in grads.items()}
     if problem.reduction != "none":
-        losses = problem.reduce(Total.of(losses))
+        losses = problem.reduce(Total.of(losses).sum())
     result = _rows.deliver(inputs, losses, out)
     return result, (answers.get("inputs"), answers.get("linear_weight"), answers.get("linear_bias"))
 

@@ -298,7 +298,7 @@ def cross_entropy(
     >>> pylogits.cross_entropy(logits, [1, -100], ignore_index=-100, reduction="sum").round(7)
     np.float64(0.4790107)
     """
-    return _cross_entropy(
+    return run_cross_entropy(
         logits,
         targets,
         axis,
@@ -371,7 +371,7 @@ reduction, out
     array([[ 0.1139, -0.1903,  0.0764],
            [ 0.2484,  0.101 , -0.3494]])
     """
-    return _cross_entropy(
+    return run_cross_entropy(
         logits,
         targets,
         axis,
@@ -392,7 +392,7 @@ reduction, out
 
 
 @standard_arithmetic
-def _cross_entropy(
+def run_cross_entropy(
     logits: Any,
     targets: Any,
     axis: SupportsIndex,
@@ -430,4 +430,4 @@ def _cross_entropy(
             slopes[...] = 0
         if slopes is not grad:
             grad[...] = slopes
-    return _rows.deliver(logits, losses if problem.reduction == "none" else problem.reduce(total), out), answer
+    return _rows.deliver(logits, losses if problem.reduction == "none" else problem.reduce(total.sum()), out), answer

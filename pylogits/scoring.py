@@ -12,7 +12,24 @@ from pylogits._reference import Scores
 
 
 class DoubleSoftmaxWarning(UserWarning):
-    """Logits that look like probabilities: softmax has probably been applied before."""
+    """Logits that look like probabilities: softmax has probably been applied before.
+
+    See Also
+    --------
+    check_logits : gives it.
+
+    Examples
+    --------
+    Made an error, it ends a program:
+
+    >>> import warnings
+    >>> import pylogits
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", pylogits.DoubleSoftmaxWarning)
+    ...     pylogits.check_logits([[0.25, 0.75], [0.5, 0.5]])  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    DoubleSoftmaxWarning: ...
+    """
 
 
 @standard_arithmetic

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import pylogits
 from pylogits import cli
+from pylogits.batch import job, readers, writers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FORMATS = ("parquet", "npz")
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two rows of three float64 logits."""
-    monkeypatch.setattr(cli, "CHUNK_BYTES", 48)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
 
 
 def run(*arguments):
@@ -163,6 +164,8 @@ def test_summary():
         "mean loss": "0.6954309",
         "accuracy": "0.6666667",
         "perplexity": "2.004573",
+        "expected calibration error": "0.4040365",  # (1 - 0.6193959 + 0.4967462 + 1 - 0.6652410) / 3
+        "Brier score": "0.3919702",
     }
     assert result.stderr == ""
 
@@ -185,13 +188,14 @@ def test_chunk_boundaries(suffix, rows, small_chunks):
 
 
 def test_row_wider_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(cli, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 8)
     assert_columns(score(LOGITS, targets=TARGETS), expected(LOGITS, TARGETS))
 
 
 def test_row_groups_span_chunks(monkeypatch):
     """Chunks hold 8 rows, whose columns are far smaller than their logits: few groups result."""
-    monkeypatch.setattr(cli, "CHUNK_BYTES", 8 * 100 * 8)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 8 * 100 * 8)
+    monkeypatch.setattr(writers, "GROUP_BYTES", 8 * 100 * 8)
     score(np.random.default_rng(0).normal(size=(1000, 100)), out="out.parquet")
     metadata = pq.read_metadata("out.parquet")
     assert metadata.num_rows == 1000
@@ -250,18 +254,11 @@ def test_bfloat16(suffix):
     np.testing.assert_allclose(columns["logsumexp"], wanted, rtol=1e-6)
 
 
-def test_bfloat16_without_ml_dtypes(monkeypatch):
-    np.save("logits.npy", LOGITS.astype(np.float16).view("V2"))
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    line = refused("logits.npy", "--out", "out.npz")
-    assert line == "logits.npy: dtype |V2 is read as bfloat16, which needs the package ml_dtypes"
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_no_rows(suffix):
     logits, targets = np.zeros((0, 5), np.float32), np.zeros(0, np.int64)
     columns = score(logits, "--top-k", 2, targets=targets, out=f"out.{suffix}")
-    assert {name: len(values) for name, values in columns.items()} == dict.fromkeys((*cli.COLUMNS, *cli.TOP_K_COLUMNS), 0)
+    assert {name: len(values) for name, values in columns.items()} == dict.fromkeys((*job.COLUMNS, *job.TOP_K_COLUMNS), 0)
 
 
 def test_warns_of_probabilities():
@@ -299,8 +296,9 @@ class TestRefusals:
 
     def test_archive_instead_of_an_array(self):
         np.savez("logits.npz", LOGITS)
-        line = refused("logits.npz", "--out", "out.npz")
-        assert line.startswith("logits.npz: not a whole .npy file: ")
+        Path("logits.npz").rename("logits.npy")
+        line = refused("logits.npy", "--out", "out.npz")
+        assert line.startswith("logits.npy: not a whole .npy file: ")
 
     def test_pickled_objects(self):
         np.save("logits.npy", np.array([{}], dtype=object))
@@ -368,8 +366,8 @@ class TestRefusals:
         assert line == f"targets.npy: target {2**64 - 1} at row 1 is outside [0, 3)"
 
     def test_unknown_suffix(self):
-        line = refused("logits.npy", "--out", "out.csv")
-        assert line == "out.csv: the output must end in .parquet or .npz"
+        line = refused("logits.npy", "--out", "out.txt")
+        assert line == "out.txt: neither a folder nor a name that ends in .parquet, .arrow, .npz, .csv"
 
     def test_missing_folder(self):
         line = refused("logits.npy", "--out", "absent/out.npz")
@@ -441,7 +439,7 @@ def test_memory_is_bounded(suffix):
 )
 def test_blocks_cover_a_shape_once_in_order(shape, limit):
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    parts = [numbers[block] for block in cli.blocks(shape, limit)]
+    parts = [numbers[block] for block in readers.blocks(shape, limit)]
     assert max(part.size for part in parts) <= limit
     assert np.concatenate([part.ravel() for part in parts]).tolist() == numbers.ravel().tolist()
 
@@ -468,9 +466,9 @@ def test_as_a_module():
     command = [sys.executable, "-m", "pylogits", "score", "logits.npy", "--out"]
     done = subprocess.run([*command, "out.npz"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    done = subprocess.run([*command, "out.csv"], capture_output=True, text=True)
+    done = subprocess.run([*command, "out.txt"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: out.csv: the output must end in .parquet or .npz\n"
+    assert done.stderr == "error: out.txt: neither a folder nor a name that ends in .parquet, .arrow, .npz, .csv\n"
 
 
 def test_config(capsys):

@@ -1,6 +1,8 @@
 """The scripts of examples/, run as a reader would run them."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +77,74 @@ def test_perplexity():
         atol=1e-4,
     )
     np.testing.assert_allclose(numbers(total), [2.6894607, 14.72373328, 6.51738101], atol=1e-6)
+
+
+def test_calibrated_pipeline():
+    pytest.importorskip("sklearn")
+    table, accuracy, difference = re.split("accuracy|largest", run("calibrated_pipeline.py"))
+    temperatures, losses = np.reshape(numbers(table), (-1, 2)).T
+    assert temperatures.tolist() == [1.0, 0.5, 0.2, 0.1, 0.05]
+    np.testing.assert_allclose(losses, [0.4184, 0.2197, 0.1616, 0.2451, 0.4591], atol=2e-4)
+    np.testing.assert_allclose(numbers(accuracy), [0.9775, 0.0638], atol=2e-4)
+    assert float(difference.split()[-1]) < 1e-14
+
+
+def test_boosted_trees():
+    pytest.importorskip("xgboost")
+    pytest.importorskip("lightgbm")
+    pytest.importorskip("sklearn")
+    for library, text in zip(("XGBoost", "LightGBM"), run("boosted_trees.py").split("LightGBM, own"), strict=True):
+        loss, accuracy, *built_in, _ = numbers(text)
+        np.testing.assert_allclose(built_in, [loss, accuracy], atol=1e-5)
+        assert 0.3 < loss < 0.7 and 0.9 < accuracy < 0.95, library
+        assert float(text.split()[-1]) < 1e-4, "largest difference of a logit"
+
+
+def test_load_test():
+    for package in ("fastapi", "uvicorn", "httpx"):
+        pytest.importorskip(package)
+    answers, times, refused = run("load_test.py", "300").splitlines()
+    assert answers == "300 of 300 answers right, 20 rows each"
+    p50, p99 = numbers(times)
+    assert 0 < p50 <= p99
+    assert refused == "a bad request: 422 temperature must be positive and finite in float64, not 0.0"
+
+
+def test_xarray_scores():
+    pytest.importorskip("xarray")
+    probabilities, losses = run("xarray_scores.py").split("mean loss")
+    logits, targets = (np.load(EXAMPLES / f"digits_{name}.npy").astype(np.float64) for name in ("logits", "targets"))
+    powers = np.exp(logits[0] / 2)
+    np.testing.assert_allclose(numbers(probabilities), powers / powers.sum(), atol=6e-5)
+    each = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), targets.astype(int)]
+    means = [each[targets == digit].mean() for digit in range(10)]
+    np.testing.assert_allclose(numbers(losses), means, atol=6e-5)
+
+
+@pytest.fixture(scope="module")
+def benchmarked(tmp_path_factory):
+    """Run the benchmarked pipeline's tests in a copy of its folder."""
+    folder = tmp_path_factory.mktemp("pipeline") / "benchmarked"
+    shutil.copytree(EXAMPLES / "benchmarked_pipeline", folder)
+
+    def run(*options):
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-max-time=0.05", *options]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    done = run("--benchmark-save=base")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run, next(folder.glob(".benchmarks/*/0001_base.json"))
+
+
+@pytest.mark.parametrize("share, expected", [(1000, 0), (0.001, 1)])
+def test_the_gate_of_the_pipeline(benchmarked, share, expected):
+    """Against a base that took so much of the time, which no machine's noise makes up for."""
+    run, base = benchmarked
+    kept = json.loads(base.read_text())
+    for benchmark in kept["benchmarks"]:
+        benchmark["stats"]["median"] *= share
+    other = base.with_name("0002_other.json")
+    other.write_text(json.dumps(kept))
+    done = run("--benchmark-compare=0002", "--benchmark-compare-fail=median:10%")
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert ("Performance has regressed" in done.stdout + done.stderr) == bool(expected)

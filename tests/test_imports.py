@@ -13,18 +13,22 @@ KERNELS = ROOT / "kernels"
 # A module imports from layers below its own.
 LAYERS = (
     ("__main__", "_numba_extension"),
-    ("__init__", "cli"),
+    ("cli",),
+    ("batch",),
+    ("__init__", "dask"),
     ("activations", "losses", "linear", "scoring"),
-    ("_problem",),
+    ("_problem", "_chunked_rows"),
     ("_rows",),
     ("_dispatch",),
     ("_simd", "_cuda"),
     ("kernels", "_reference"),
     ("_c", "_float_state", "_device"),  # the compiled extension; what any may use
 )
+# The same in pylogits/batch.
+BATCH_LAYERS = (("cluster",), ("job", "report"), ("metrics", "writers"), ("readers",))
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax")
+HEAVY = ("numba", "llvmlite", "torch", "pyarrow", "typer", "rich", "setuptools", "cffi", "jax", "dask")
 
 
 def imported(path):
@@ -73,12 +77,21 @@ def test_imports_run_one_way(path):
         assert RANK[name] > RANK[path.stem], f"{path.stem} imports {name}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "batch").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_imports_of_batch_run_one_way(path):
+    rank = {name: rank for rank, names in enumerate(BATCH_LAYERS) for name in names}
+    others = {name.split(".")[2] for name in imported(path) if name.startswith("pylogits.batch.")}
+    for name in others:
+        assert rank[name] > rank[path.stem], f"{path.stem} imports {name}"
+    assert siblings(path) <= {"batch"}
+
+
 def test_only_the_backend_module_knows_the_extension():
     assert [path.stem for path in PACKAGE.glob("*.py") if "_c" in siblings(path)] == ["_simd"]
 
 
 def test_api_modules_know_no_backend():
-    for name in LAYERS[2]:
+    for name in LAYERS[4]:
         assert siblings(PACKAGE / f"{name}.py") <= {"_problem", "_rows", "_dispatch", "_reference", "_float_state", "_device"}
 
 

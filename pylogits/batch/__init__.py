@@ -1,0 +1,1 @@
+"""Batch scoring of files: what ``pylogits score`` is made of."""

@@ -1,0 +1,274 @@
+"""One job: parts that are scored one after the other here, or beside each other by the workers of a Dask cluster."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+import pylogits
+from pylogits.batch.metrics import Metrics
+from pylogits.batch.readers import STANDARD_INPUT, FileError, Source, Targets, open_logits, open_source, standard_input
+from pylogits.batch.writers import Chunks, Columns, replacing, write
+
+T = TypeVar("T")
+
+# Calls a function with every part and gives the results in the parts' order: here, or on a cluster.
+Each = Callable[[Callable[["Part"], T], list["Part"]], Iterable[T]]
+
+
+def here(function: Callable[["Part"], T], parts: list["Part"]) -> Iterable[T]:
+    """Call a function with every part, in this process."""
+    return map(function, parts)
+
+
+COLUMNS = ("prediction", "confidence", "entropy", "logsumexp", "loss", "correct")
+TOP_K_COLUMNS = ("top_k_indices", "top_k_probabilities")
+TARGET_COLUMNS = ("loss", "correct")
+
+# A fitted temperature lies between 2 to this power and its inverse.
+TEMPERATURES = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What scores depend on besides the files."""
+
+    logits_name: str | None = None
+    targets_name: str | None = None
+    axis: int = -1
+    top_k: int = 1
+    temperature: float = 1.0
+    columns: tuple[str, ...] | None = None
+    dtype: str = "float32"  # of standard input, as the next
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of logits, and what belongs to it."""
+
+    name: str  # for people
+    logits: Path
+    targets: Path | None
+    out: Path | None = None  # where its scores go, if into a file of their own
+
+    @property
+    def record(self) -> Path:
+        """The file beside the scores that says what they are of."""
+        return self.out.with_suffix(".json") if self.out else Path()
+
+
+@contextmanager
+def open_part(part: Part, options: Options) -> Iterator[tuple[Source, Targets | None]]:
+    """Open a part's files."""
+    with ExitStack() as stack:
+        if part.logits == STANDARD_INPUT:
+            logits: Source = standard_input(options.dtype, options.classes)
+        else:
+            logits = stack.enter_context(open_logits(part.logits, options.logits_name, options.axis))
+        targets = None
+        if part.targets is not None:
+            source = stack.enter_context(open_source(part.targets, options.targets_name, "targets"))
+            targets = Targets(source, logits)
+        yield logits, targets
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Make each item in another thread, while the one before it is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+# ---- scores ----
+
+
+def score_chunks(part: Part, options: Options, metrics: Metrics, done: Callable[[int], None] = lambda rows: None) -> Chunks:
+    """Score a part's rows, chunk by chunk, and count them."""
+    with open_part(part, options) as (logits, targets):
+        for chunk in ahead(logits.chunks(1)):
+            labels = None if targets is None else targets.take(len(chunk))
+            try:
+                scores = pylogits.score(chunk, labels, top_k=options.top_k, temperature=options.temperature)
+            except ValueError as error:
+                raise FileError(part.logits, error) from None
+            metrics.add(part.name, scores, chunk, labels, options.temperature)
+            done(len(chunk))
+            yield to_columns(scores, options.columns)
+        if targets is not None:
+            targets.finish()
+
+
+def to_columns(scores: pylogits.Scores, names: tuple[str, ...] | None) -> Columns:
+    """Return the fields of these names; without names all, but top-k only where it is more than the prediction."""
+    if names is None:
+        names = COLUMNS if scores.top_k_indices.shape[-1] == 1 else COLUMNS + TOP_K_COLUMNS
+    fields = {name: getattr(scores, name) for name in names}
+    return {name: values for name, values in fields.items() if values is not None}
+
+
+def count_part(part: Part, options: Options) -> Metrics:
+    """Count a part's rows without writing their scores."""
+    metrics = Metrics(options.classes)
+    for _ in score_chunks(part, options, metrics):
+        pass
+    return metrics
+
+
+def score_part(part: Part, options: Options, resume: bool, done: Callable[[int], None] = lambda rows: None) -> Metrics:
+    """Score a part into a file of its own, and record beside it what it is of; on resuming, only where that isn't there."""
+    assert part.out is not None
+    identity = identify(part, options)
+    if resume and part.out.exists() and (record := read_record(part.record)) and record["of"] == identity:
+        metrics = Metrics.from_json(record["metrics"])
+        done(metrics.rows)
+        return metrics
+    with open_part(part, options) as (_, targets):
+        if targets is not None:
+            targets.check()
+    # The record is there only while it is of the scores that are.
+    part.record.unlink(missing_ok=True)
+    metrics = Metrics(options.classes)
+    write(part.out, ahead(score_chunks(part, options, metrics, done)))
+    with replacing(part.record) as file:
+        file.write(json.dumps({"of": identity, "metrics": metrics.to_json()}).encode())
+    return metrics
+
+
+def score_parts(
+    parts: list[Part], options: Options, resume: bool, each: Each[Metrics], done: Callable[[int], None]
+) -> Iterator[Metrics]:
+    """Score every part into a file of its own."""
+    function = partial(score_part, options=options, resume=resume)
+    if each is here:
+        yield from each(partial(function, done=done), parts)
+    else:  # from elsewhere, only whole parts are heard of
+        for metrics in each(function, parts):
+            done(metrics.rows)
+            yield metrics
+
+
+def identify(part: Part, options: Options) -> dict[str, Any]:
+    """Return what a part's scores are of, as JSON gives it back."""
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in (part.logits, part.targets) if path}
+    identity: dict[str, Any] = json.loads(
+        json.dumps({"version": pylogits.__version__, "files": files, "options": asdict(options)})
+    )
+    return identity
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return a record, if there is a whole one."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if {"of", "metrics"} <= set(record) else None
+
+
+def score_into(out: Path, parts: list[Part], options: Options, done: Callable[[int], None]) -> Metrics:
+    """Score all parts into one file."""
+    for part in parts:
+        with open_part(part, options) as (_, targets):
+            if targets is not None:
+                targets.check()
+    every = [Metrics(options.classes) for _ in parts]
+
+    def chunks() -> Chunks:
+        for part, metrics in zip(parts, every, strict=True):
+            yield from score_chunks(part, options, metrics, done)
+
+    write(out, ahead(chunks()))
+    return merged(every)
+
+
+def merged(every: Iterable[Metrics]) -> Metrics:
+    """Add up metrics in their order, so that the sums have the same bits whoever made them."""
+    first, *others = every
+    for other in others:
+        first.merge(other)
+    return first
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the parts hold together."""
+
+    classes: int
+    rows: int | None  # None for a stream
+    row_bytes: float  # in the files' dtypes, on average
+
+
+def survey(parts: list[Part], options: Options) -> Survey:
+    """Open every file once, before the first is scored: they must exist and fit together."""
+    classes, rows, nbytes = 0, 0, 0
+    for part in parts:
+        with open_part(part, options) as (logits, _):
+            if classes and logits.shape[-1] != classes:
+                raise FileError(part.logits, f"{logits.shape[-1]} classes, but {classes} in the files before it")
+            classes = logits.shape[-1]
+            if part.logits == STANDARD_INPUT:
+                return Survey(classes, None, logits.row_bytes)
+            rows += math.prod(logits.shape[:-1])
+            nbytes += math.prod(logits.shape) * logits.dtype.itemsize
+    return Survey(classes, rows, nbytes / max(rows, 1))
+
+
+# ---- the temperature ----
+
+
+def loss_slope(part: Part, options: Options) -> float:
+    """Return the derivative of a part's total loss by the logarithm of the temperature."""
+    slope = 0.0
+    with open_part(part, options) as (logits, targets):
+        assert targets is not None
+        for chunk in ahead(logits.chunks(1)):
+            labels = targets.take(len(chunk))
+            _, grad = pylogits.cross_entropy_value_and_grad(chunk, labels, temperature=options.temperature, reduction="sum")
+            # The loss is a function of logits / temperature alone. A logit of -inf has the gradient 0, which counts as 0.
+            products = np.multiply(grad, chunk, where=grad != 0, out=np.zeros_like(grad))
+            slope -= float(products.sum(dtype=np.float64))
+    return slope
+
+
+def fit_temperature(parts: list[Part], options: Options, each: Each[float]) -> float:
+    """Find the temperature of the least mean loss (Guo et al. 2017), to four digits.
+
+    The loss is convex in 1 / temperature, so that its derivative has one zero at most: it is enclosed between powers of two,
+    then found by the Illinois method.
+    """
+
+    def slope(logarithm: float) -> float:
+        at = replace(options, temperature=math.exp(logarithm))
+        return math.fsum(each(partial(loss_slope, options=at), parts))
+
+    low, at_low = 0.0, slope(0.0)
+    if at_low == 0:
+        return 1.0
+    step = math.copysign(math.log(2), -at_low)
+    high, at_high = low, at_low
+    while (at_high > 0) == (at_low > 0):
+        low, at_low, high = high, at_high, high + step
+        at_high = slope(high)
+        if at_high == 0 or abs(high) > TEMPERATURES * math.log(2):
+            raise FileError(parts[0].logits, f"no temperature minimises the loss: it still falls at {math.exp(low):.4g}")
+    while abs(high - low) > 1e-4 and at_high:
+        middle = high - at_high * (high - low) / (at_high - at_low)
+        at_middle = slope(middle)
+        if (at_middle > 0) != (at_high > 0):
+            low, at_low = high, at_high
+        else:
+            at_low /= 2
+        if abs(middle - high) < 1e-5:
+            return math.exp(middle)
+        high, at_high = middle, at_middle
+    return math.exp(high)

@@ -1,0 +1,169 @@
+"""What scores add up to: sums and counts, added chunk by chunk and file by file, and the metrics that are made of them."""
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pylogits
+
+Array = NDArray[Any]
+
+# Bins of the confidence, as in Guo et al. (2017).
+BINS = 15
+
+# The range of the loss is not known before its end: steps that a reader can tell apart, and all beyond in the last.
+LOSS_STEP = 0.25
+LOSS_BINS = 129
+
+# How many rows of the largest losses are kept.
+WORST = 20
+
+# Pairs of a target and another prediction that are counted exactly: of 128256 classes there may be 10^10.
+PAIRS = 2**18
+
+
+class Metrics:
+    """Sums over scored rows.
+
+    The counts of pairs of a target and a wrong prediction are exact up to PAIRS different pairs. Beyond, the rarest are
+    dropped and the others are too low by at most `pairs_error` (Misra and Gries 1982, Agarwal et al. 2012).
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.rows = 0
+        self.labelled_rows = 0
+        self.nan_rows = 0  # which have no confidence
+        self.loss = 0.0
+        self.brier = 0.0
+        self.top_k_correct = 0
+        self.bin_rows = np.zeros(BINS, np.int64)
+        self.bin_confidence = np.zeros(BINS)
+        self.bin_correct = np.zeros(BINS, np.int64)
+        self.loss_rows = np.zeros(LOSS_BINS, np.int64)
+        self.prediction_rows = np.zeros(classes, np.int64)
+        self.target_rows = np.zeros(classes, np.int64)
+        self.correct_rows = np.zeros(classes, np.int64)
+        self.pairs: dict[int, int] = {}  # rows by target * classes + prediction
+        self.pairs_error = 0
+        self.worst: list[tuple[float, str, int, int, int, float]] = []  # loss, file, row, target, prediction, confidence
+
+    def add(self, name: str, scores: pylogits.Scores, logits: Array, targets: Array | None, temperature: float) -> None:
+        """Count in a chunk of rows of the file `name`, which follow on those counted before."""
+        finite = ~np.isnan(scores.confidence)
+        # Bins are open to the left and closed to the right: a confidence of 1 is in the last.
+        bins = np.clip(np.ceil(scores.confidence[finite] * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        self.bin_rows += np.bincount(bins, minlength=BINS)
+        self.bin_confidence += np.bincount(bins, scores.confidence[finite], BINS)
+        self.prediction_rows += np.bincount(scores.prediction, minlength=self.classes)
+        self.nan_rows += int(np.count_nonzero(~finite))
+        if targets is not None and scores.loss is not None and scores.correct is not None:
+            self.bin_correct += np.bincount(bins[scores.correct[finite]], minlength=BINS)
+            self._add_targets(name, scores, scores.loss.astype(np.float64), targets.astype(np.int64), scores.correct)
+            # The sum of the squares of p is exp(logsumexp(2 x) - 2 logsumexp(x)), which needs no array of probabilities. The
+            # exponentials are those of the scores' dtype: in float64 they took a third of the time of rows of ten classes.
+            exponent = pylogits.logsumexp(logits, temperature=temperature / 2) - 2 * scores.logsumexp.astype(np.float64)
+            squares, of_targets = np.exp(exponent.astype(scores.loss.dtype)), np.exp(-scores.loss)
+            self.brier += float((squares - 2 * of_targets).sum(dtype=np.float64)) + len(targets)
+        self.rows += len(scores.prediction)
+
+    def _add_targets(self, name: str, scores: pylogits.Scores, loss: Array, targets: Array, correct: Array) -> None:
+        self.labelled_rows += len(targets)
+        self.loss += float(loss.sum())
+        self.top_k_correct += int((scores.top_k_indices == targets[:, None]).any(axis=1).sum())
+        steps = np.minimum(loss[~np.isnan(loss)] / LOSS_STEP, LOSS_BINS - 1).astype(np.int64)
+        self.loss_rows += np.bincount(steps, minlength=LOSS_BINS)
+        self.target_rows += np.bincount(targets, minlength=self.classes)
+        self.correct_rows += np.bincount(targets[correct], minlength=self.classes)
+        pairs, rows = np.unique((targets * self.classes + scores.prediction)[~correct], return_counts=True)
+        self._add_pairs(dict(zip(pairs.tolist(), rows.tolist(), strict=True)))
+        # The chunk's largest, and of equal ones the first; sorting all of them would take most of the time.
+        least = np.partition(loss, -WORST)[-WORST] if len(loss) > WORST else -np.inf
+        candidates = np.flatnonzero(loss >= least)
+        candidates = candidates[np.argsort(-loss[candidates], kind="stable")[:WORST]]
+        self._add_worst(
+            (float(loss[i]), name, self.rows + int(i), int(targets[i]), int(scores.prediction[i]), float(scores.confidence[i]))
+            for i in candidates
+        )
+
+    def _add_pairs(self, pairs: dict[int, int]) -> None:
+        for pair, rows in pairs.items():
+            self.pairs[pair] = self.pairs.get(pair, 0) + rows
+        if len(self.pairs) > PAIRS:
+            rarest = sorted(self.pairs.values())[-PAIRS - 1]
+            self.pairs = {pair: rows - rarest for pair, rows in self.pairs.items() if rows > rarest}
+            self.pairs_error += rarest
+
+    def _add_worst(self, worst: Any) -> None:
+        self.worst = sorted([*self.worst, *worst], key=lambda row: -row[0])[:WORST]
+
+    def merge(self, other: Self) -> None:
+        """Count in the rows of another file."""
+        for name, value in vars(other).items():
+            if name not in ("classes", "pairs", "worst"):
+                setattr(self, name, getattr(self, name) + value)
+        self._add_pairs(other.pairs)
+        self._add_worst(other.worst)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sums as what JSON can hold, to the last bit; of arrays what is not 0."""
+        table: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                where = np.flatnonzero(value)
+                table[name] = [where.tolist(), value[where].tolist()]
+            elif isinstance(value, dict):
+                table[name] = [list(value), list(value.values())]
+            else:
+                table[name] = value
+        return table
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> Self:
+        """Return the sums that `to_json` was called on."""
+        metrics = cls(table["classes"])
+        for name, value in table.items():
+            old = getattr(metrics, name)
+            if isinstance(old, np.ndarray):
+                old[value[0]] = value[1]
+            elif isinstance(old, dict):
+                old.update(zip(*value, strict=True))
+            else:
+                setattr(metrics, name, value)
+        metrics.worst = [tuple(row) for row in table["worst"]]
+        return metrics
+
+    # ---- the metrics ----
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean cross entropy, in nats."""
+        return self.loss / self.labelled_rows
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error: how far confidence is from accuracy, over bins (Guo et al. 2017)."""
+        return float(abs(self.bin_correct - self.bin_confidence).sum()) / self.labelled_rows
+
+    def summary(self, top_k: int) -> dict[str, float]:
+        """Return the metrics by name; those of targets where there are any."""
+        if not self.labelled_rows:
+            return {}
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(self.mean_loss))
+        summary = {
+            "mean loss": self.mean_loss,
+            "accuracy": float(self.correct_rows.sum()) / self.labelled_rows,
+            "perplexity": perplexity,
+            "expected calibration error": self.calibration_error,
+            "Brier score": self.brier / self.labelled_rows,
+        }
+        if top_k > 1:
+            summary[f"top-{top_k} accuracy"] = self.top_k_correct / self.labelled_rows
+        return summary
+
+    def confusions(self, count: int) -> list[tuple[int, int, int]]:
+        """Return the commonest pairs: rows, target, wrong prediction."""
+        commonest = sorted(self.pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:count]
+        return [(rows, *divmod(pair, self.classes)) for pair, rows in commonest]

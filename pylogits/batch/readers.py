@@ -1,0 +1,522 @@
+"""Files of logits and targets, read a chunk of rows at a time; the formats' own libraries take them apart."""
+
+import json
+import math
+import os
+import stat
+import sys
+import warnings
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from textwrap import shorten
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Block = tuple[slice, ...]
+
+# Large enough that the work outweighs the loop around it, small enough to stay near the cache.
+CHUNK_BYTES = 16 * 2**20
+
+# Below this, the bytes of a read cost less than its call.
+READ_BYTES = 64 * 2**10
+
+# Version 3.0 differs from 2.0 in the names of fields alone, which neither logits nor targets have.
+READ_HEADER = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+    (3, 0): npy.read_array_header_2_0,
+}
+
+# What a damaged or shortened archive raises as it is read.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
+
+SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "I64": "<i8", "I32": "<i4"} | {
+    "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1"
+}  # fmt: skip
+
+# A name that ml_dtypes gives to NumPy.
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+STANDARD_INPUT = Path("-")
+
+
+class FileError(Exception):
+    """What is wrong with a file, in one line."""
+
+    def __init__(self, name: object, reason: object) -> None:
+        if isinstance(reason, OSError):
+            reason = reason.strerror or reason
+        super().__init__(str(name), str(reason))
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+@dataclass
+class Source(ABC):
+    """An array in a file or a stream, which is read from its first row to its last."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]  # the first length is -1 where only the end of a stream will tell
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of what is on the last axis."""
+        return self.shape[-1] * self.dtype.itemsize
+
+    def move_last(self, axis: int) -> None:
+        """Make an axis the last one."""
+        if axis % len(self.shape) != len(self.shape) - 1:
+            raise FileError(self.path, "this format has its classes on the last axis")
+
+    @abstractmethod
+    def chunks(self, inner: int) -> Iterator[Array]:
+        """Read chunks of whole rows, at least one chunk: all axes are rows but the last, if `inner` is 1, which stays."""
+
+
+# ---- arrays of which any part can be read ----
+
+
+class BlockSource(Source):
+    """An array of which any block can be read."""
+
+    @abstractmethod
+    def read(self, block: Block) -> Array:
+        """Read a part, which is given by slices of the first axes."""
+
+    def chunks(self, inner: int) -> Iterator[Array]:
+        """Read chunks of about CHUNK_BYTES."""
+        rows = self.shape[: len(self.shape) - inner]
+        kept = self.shape[len(rows) :]
+        limit = max(CHUNK_BYTES // (self.dtype.itemsize * math.prod(kept)), 1)
+        for block in blocks(rows, limit):
+            yield self.read(block).reshape(-1, *kept)
+
+
+def blocks(shape: tuple[int, ...], limit: int) -> Iterator[Block]:
+    """Cut a shape, in C order, into slices of at most `limit` elements; at least one slice."""
+    if not shape:
+        yield ()
+        return
+    length, *inner = shape
+    length = max(length, 1)  # an empty shape has one empty block: it still gives the columns
+    step = limit // max(math.prod(inner), 1)
+    if step:
+        yield from ((slice(start, start + step),) for start in range(0, length, step))
+    else:
+        for i in range(length):
+            yield from ((slice(i, i + 1), *rest) for rest in blocks(tuple(inner), limit))
+
+
+@dataclass
+class ByteArray(BlockSource):
+    """An array whose elements lie in a file as they lie in memory.
+
+    Read, not mapped: where a file is cut short meanwhile, a read is an error like any other, but a map kills the process.
+    """
+
+    file: IO[bytes]
+    strides: tuple[int, ...]  # in bytes, as NumPy's
+    start: int  # where the first element lies in the file
+
+    def move_last(self, axis: int) -> None:
+        """Make an axis the last one."""
+        order = list(range(len(self.shape)))
+        order.append(order.pop(axis))
+        self.shape = tuple(self.shape[i] for i in order)
+        self.strides = tuple(self.strides[i] for i in order)
+
+    def read(self, block: Block) -> Array:
+        """Read a part, which is given by slices of the first axes."""
+        ranges = [range(length) for length in self.shape]
+        ranges[: len(block)] = [whole[part] for whole, part in zip(ranges, block, strict=False)]
+        # In the file's order, so that elements side by side in the file are so in memory.
+        order = sorted(range(len(ranges)), key=lambda axis: -self.strides[axis])
+        start = self.start + sum(part.start * stride for part, stride in zip(ranges, self.strides, strict=True))
+        try:
+            array = np.empty([len(ranges[axis]) for axis in order], (np.void, self.dtype.itemsize))
+            if array.size:
+                self._fill(array, start, [self.strides[axis] for axis in order])
+        except (OSError, MemoryError, *DAMAGE) as error:
+            raise FileError(self.path, error) from None
+        return array.view(self.dtype).transpose(np.argsort(order))
+
+    def _fill(self, array: Array, start: int, strides: Sequence[int]) -> None:
+        """Read an array's elements, which lie with these strides in the file: in halves while too much lies between them."""
+        span = array.itemsize + sum((length - 1) * stride for length, stride in zip(array.shape, strides, strict=True))
+        if span == array.nbytes:
+            self._read_bytes(array, start)
+        elif span <= READ_BYTES:
+            buffer = np.empty(span, np.uint8)
+            self._read_bytes(buffer, start)
+            array[...] = np.ndarray(array.shape, array.dtype, buffer, strides=strides)
+        elif len(array) == 1:
+            self._fill(array[0], start, strides[1:])
+        else:
+            half = len(array) // 2
+            self._fill(array[:half], start, strides)
+            self._fill(array[half:], start + half * strides[0], strides)
+
+    def _read_bytes(self, array: Array, start: int) -> None:
+        self.file.seek(start)
+        if self.file.readinto(array.data) < array.nbytes:  # type: ignore[attr-defined]
+            raise FileError(self.path, "became shorter while it was read")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a regular file."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise FileError(path, "not a regular file")
+        return path.open("rb")
+    except OSError as error:
+        raise FileError(path, error) from None
+
+
+def open_npy(path: Path, name: str | None, role: str, stack: ExitStack) -> ByteArray:
+    """Open a .npy file; one that is shorter than its header says is refused."""
+    file = stack.enter_context(open_file(path))
+    return read_header(path, file, os.fstat(file.fileno()).st_size)
+
+
+def open_npz(path: Path, name: str | None, role: str, stack: ExitStack) -> ByteArray:
+    """Open one array of a .npz archive."""
+    file = stack.enter_context(open_file(path))
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        arrays = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        member = arrays[pick(path, arrays, name, role)]
+        return read_header(path, stack.enter_context(archive.open(member)), member.file_size)
+    except (OSError, NotImplementedError, RuntimeError, *DAMAGE) as error:
+        raise FileError(path, f"not a whole .npz file: {error}") from None
+
+
+def read_header(path: Path, file: IO[bytes], size: int) -> ByteArray:
+    """Read what a .npy file of `size` bytes says of its array."""
+    try:
+        version = npy.read_magic(file)
+        if version not in READ_HEADER:
+            raise ValueError(f"its format has the unknown version {version}")
+        with warnings.catch_warnings(action="ignore"):  # an old or odd spelling is no concern of the user's
+            shape, fortran_order, dtype = READ_HEADER[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        np.broadcast_to(np.empty((), dtype), shape)  # raises for shapes that no array can have
+        strides = c_strides(shape[::-1] if fortran_order else shape, dtype)
+        array = ByteArray(path, dtype, shape, file, strides[::-1] if fortran_order else strides, file.tell())
+        missing = array.start + math.prod(shape) * dtype.itemsize - size
+        if missing > 0:
+            raise ValueError(f"the last {missing} bytes are missing")
+    except OSError as error:
+        raise FileError(path, error) from None
+    except Exception as error:  # a damaged header raises anything: TokenError, TypeError, ...
+        raise FileError(path, f"not a whole .npy file: {shorten(str(error), 200)}") from None
+    return array
+
+
+def c_strides(shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """Return the strides of a contiguous array."""
+    return tuple(dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def open_safetensors(path: Path, name: str | None, role: str, stack: ExitStack) -> ByteArray:
+    """Open one tensor of a .safetensors file."""
+    library = format_library("safetensors", path)
+    file = stack.enter_context(open_file(path))
+    try:
+        # The library checks all that the header says, but would map the file to read it.
+        with library.safe_open(path, framework="numpy") as tensors:
+            key = pick(path, tensors.keys(), name, role)
+        header_bytes = int.from_bytes(file.read(8), "little")
+        tensor = json.loads(file.read(header_bytes))[key]
+    except (OSError, library.SafetensorError) as error:
+        raise FileError(path, f"not a whole .safetensors file: {error}") from None
+    if tensor["dtype"] not in SAFETENSORS_DTYPES:
+        raise FileError(path, f"{role} must be real numbers of at most 64 bits, not {tensor['dtype']}")
+    dtype = np.dtype(SAFETENSORS_DTYPES[tensor["dtype"]])
+    start = 8 + header_bytes + tensor["data_offsets"][0]
+    return ByteArray(path, dtype, tuple(tensor["shape"]), file, c_strides(tensor["shape"], dtype), start)
+
+
+@dataclass
+class ZarrArray(BlockSource):
+    """An array of a Zarr store."""
+
+    array: Any
+
+    def read(self, block: Block) -> Array:
+        """Read a part, which is given by slices of the first axes."""
+        try:
+            return np.asarray(self.array[block])
+        except Exception as error:  # each codec has errors of its own
+            raise FileError(self.path, f"can't be read: {error}") from None
+
+    def chunks(self, inner: int) -> Iterator[Array]:
+        """Read chunks of whole chunks of the store, so that none is decompressed twice."""
+        step = self.array.chunks[0] * max(
+            CHUNK_BYTES // (self.array.chunks[0] * math.prod(self.shape[1:]) * self.dtype.itemsize), 1
+        )
+        for start in range(0, max(self.shape[0], 1), step):
+            yield self.read((slice(start, start + step),))
+
+
+def open_zarr(path: Path, name: str | None, role: str, stack: ExitStack) -> ZarrArray:
+    """Open an array of a Zarr store, or of a group in it."""
+    zarr = format_library("zarr", path)
+    try:
+        node = zarr.open(path, mode="r")
+        if isinstance(node, zarr.Group):
+            node = node[pick(path, dict(node.arrays()), name, role)]
+    except FileError:
+        raise
+    except Exception as error:
+        raise FileError(path, f"not a Zarr store: {error}") from None
+    if node.ndim > 2 or not node.ndim:
+        raise FileError(path, f"a Zarr array must have one or two axes, not shape {node.shape}")
+    return ZarrArray(path, np.dtype(node.dtype), tuple(node.shape), node)
+
+
+# ---- tables and streams ----
+
+
+@dataclass
+class ArrowTable(Source):
+    """Columns of a Parquet or Arrow IPC file: one of lists, or one a class."""
+
+    dataset: Any
+    columns: list[str]
+
+    def chunks(self, inner: int) -> Iterator[Array]:
+        """Read chunks of about CHUNK_BYTES."""
+        rows = max(CHUNK_BYTES // self.row_bytes, 1)
+        row = 0
+        try:
+            for batch in self.dataset.to_batches(columns=self.columns, batch_size=rows, batch_readahead=1, use_threads=False):
+                arrays = [self._values(batch.column(name), name, row) for name in self.columns]
+                chunk = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
+                row += len(batch)
+                yield chunk.reshape(len(batch), *self.shape[1:])
+        except OSError as error:
+            raise FileError(self.path, error) from None
+        if not row:
+            yield np.empty((0, *self.shape[1:]), self.dtype)
+
+    def _values(self, column: Any, name: str, first_row: int) -> Array:
+        """Return a column's numbers, of which none may be missing."""
+        values = column
+        if hasattr(column, "flatten"):
+            lengths = column.value_lengths().to_numpy(zero_copy_only=False) if column.null_count == 0 else None
+            if lengths is not None and (lengths != self.shape[1]).any():
+                row = int(np.flatnonzero(lengths != self.shape[1])[0])
+                raise FileError(
+                    self.path, f"row {first_row + row} of column {name} has {lengths[row]} classes, not {self.shape[1]}"
+                )
+            values = column.flatten()
+        if column.null_count or values.null_count:
+            raise FileError(self.path, f"values are missing in column {name} from row {first_row} on")
+        return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> ArrowTable:
+    """Open columns of a Parquet or Arrow IPC file."""
+    import pyarrow as pa
+    from pyarrow import dataset as ds
+    from pyarrow import types
+
+    def is_list(field: Any) -> bool:
+        return bool(types.is_list(field.type) or types.is_large_list(field.type) or types.is_fixed_size_list(field.type))
+
+    def is_number(kind: Any) -> bool:
+        return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind))
+
+    open_file(path).close()  # for one kind of message about files that can't be opened
+    options = ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+    formats = {".parquet": ds.ParquetFileFormat(default_fragment_scan_options=options)}
+    try:
+        table = ds.dataset(path, format=formats.get(path.suffix, "ipc"))
+        rows = table.count_rows()
+        lists = [field.name for field in table.schema if is_list(field)]
+        if role == "targets":
+            columns = [pick(path, [field.name for field in table.schema if types.is_integer(field.type)], name, role)]
+        elif name is not None:
+            columns = [field.name for field in table.schema if fnmatchcase(field.name, name)]
+        elif lists:
+            columns = [pick(path, lists, name, role)]
+        else:
+            columns = [field.name for field in table.schema if types.is_floating(field.type)]
+        if not columns:
+            raise FileError(path, f"no column of {role}{f' is named {name}' if name else ''}")
+        kinds = [table.schema.field(column).type for column in columns]
+        shape: tuple[int, ...] = (rows,) if role == "targets" else (rows, len(columns))
+        if len(columns) == 1 and is_list(table.schema.field(columns[0])):
+            first = table.head(1, columns=columns).column(0)
+            width = getattr(kinds[0], "list_size", None) or (len(first[0]) if len(first) and first[0].is_valid else 0)
+            shape, kinds = (rows, width), [kinds[0].value_type]
+        for column, kind in zip(columns, kinds, strict=True):
+            if not is_number(kind):
+                raise FileError(path, f"{role} must be real numbers, which column {column} of {kind} are not")
+        dtype = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise FileError(path, f"not a whole {path.suffix} file: {shorten(str(error), 200)}") from None
+    return ArrowTable(path, dtype, shape, table, columns)
+
+
+@dataclass
+class RawStream(Source):
+    """Rows of numbers, one after the other, without a header."""
+
+    file: IO[bytes]
+
+    def chunks(self, inner: int) -> Iterator[Array]:
+        """Read chunks of about CHUNK_BYTES, to the end of the stream."""
+        rows = max(CHUNK_BYTES // self.row_bytes, 1)
+        row, size = 0, -1
+        while size:
+            buffer = np.empty((rows, *self.shape[1:]), self.dtype)
+            size = self._fill(memoryview(buffer.view(np.uint8).data).cast("B"))
+            count, rest = divmod(size, self.row_bytes)
+            if rest:
+                raise FileError("standard input", f"ends in the middle of row {row + count}")
+            if count or not row:
+                yield buffer[:count]
+            row += count
+
+    def _fill(self, buffer: memoryview) -> int:
+        """Read until a buffer is full or the stream ends: a pipe gives less at a time."""
+        size = 0
+        while size < len(buffer) and (count := self.file.readinto(buffer[size:])):  # type: ignore[attr-defined]
+            size += count
+        return size
+
+
+# ---- any of them ----
+
+Opener = Callable[[Path, str | None, str, ExitStack], Source]
+
+FORMATS: dict[str, Opener] = {
+    ".npy": open_npy,
+    ".npz": open_npz,
+    ".parquet": open_arrow,
+    ".arrow": open_arrow,
+    ".feather": open_arrow,
+    ".safetensors": open_safetensors,
+    ".zarr": open_zarr,
+}
+
+
+def format_library(name: str, path: Path) -> Any:
+    """Import the library of a format that not everyone needs."""
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError:
+        raise FileError(path, f'needs the package {name}: pip install "pylogits[formats]"') from None
+
+
+def pick(path: Path, names: Any, name: str | None, role: str) -> str:
+    """Return the name asked for, or the only one, or that of the role."""
+    names = list(names)
+    wanted = role if name is None else name
+    if wanted in names:
+        return wanted
+    if name is None and len(names) == 1:
+        return str(names[0])
+    raise FileError(path, f"no {role} named {wanted}, only {', '.join(names) or 'nothing'}")
+
+
+@contextmanager
+def open_source(path: Path, name: str | None, role: str) -> Iterator[Source]:
+    """Open the array of a role, logits or targets, in a file."""
+    if path.suffix not in FORMATS:
+        raise FileError(path, f"the name must end in {', '.join(FORMATS)}")
+    with ExitStack() as stack:
+        yield FORMATS[path.suffix](path, name, role, stack)
+
+
+@contextmanager
+def open_logits(path: Path, name: str | None = None, axis: int = -1) -> Iterator[Source]:
+    """Open logits, with their classes on the last axis."""
+    with open_source(path, name, "logits") as logits:
+        if logits.dtype == np.dtype("V2"):  # how bfloat16 comes back from a .npy file
+            logits.dtype = BFLOAT16
+        elif (logits.dtype.kind not in "fiub" and logits.dtype != BFLOAT16) or logits.dtype.itemsize > 8:
+            raise FileError(path, f"logits must be real numbers of at most 64 bits, not {logits.dtype}")
+        if not -len(logits.shape) <= axis < len(logits.shape):
+            raise FileError(path, f"no axis {axis} in logits of shape {logits.shape}")
+        if logits.shape[axis] == 0:
+            raise FileError(path, f"no classes along axis {axis} of logits of shape {logits.shape}")
+        logits.move_last(axis)
+        yield logits
+
+
+def check_dtype(path: object, dtype: np.dtype[Any]) -> None:
+    """Refuse what can't be logits."""
+    if (dtype.kind not in "fiub" and dtype != BFLOAT16) or dtype.itemsize > 8:
+        raise FileError(path, f"logits must be real numbers of at most 64 bits, not {dtype}")
+
+
+def standard_input(dtype: str, classes: int) -> RawStream:
+    """Return the logits that come in as bytes."""
+    try:
+        number = np.dtype(dtype).newbyteorder("<")
+    except TypeError:
+        raise FileError("--dtype", f"no dtype is named {dtype}") from None
+    check_dtype("standard input", number)
+    if not classes:
+        raise FileError("--classes", "standard input needs the number of classes")
+    return RawStream(STANDARD_INPUT, number, (-1, classes), sys.stdin.buffer)
+
+
+class Targets:
+    """The targets of logits, in the order of their rows."""
+
+    def __init__(self, source: Source, logits: Source) -> None:
+        rows = logits.shape[:-1]
+        if source.dtype.kind not in "iu":
+            raise FileError(source.path, f"targets must be integers, not {source.dtype}")
+        if source.shape != rows and -1 not in rows:
+            raise FileError(source.path, f"targets of shape {source.shape} for rows of shape {rows}")
+        self.source = source
+        self.classes = logits.shape[-1]
+        self._chunks = source.chunks(0)
+        self._rest = np.empty(0, source.dtype)
+
+    def check(self) -> None:
+        """Refuse bad targets before the first row is scored, not hours later."""
+        first_row = 0
+        for part in self.source.chunks(0):
+            bad = np.flatnonzero((part < 0) | (part >= self.classes))
+            if bad.size:
+                row = first_row + bad[0]
+                raise FileError(self.source.path, f"target {part[bad[0]]} at row {row} is outside [0, {self.classes})")
+            first_row += part.size
+
+    def take(self, count: int) -> Array:
+        """Return the next targets."""
+        parts = [self._rest]
+        while sum(map(len, parts)) < count:
+            try:
+                parts.append(next(self._chunks))
+            except StopIteration:
+                raise FileError(self.source.path, "has fewer targets than there are rows of logits") from None
+        taken = np.concatenate(parts)
+        self._rest = taken[count:]
+        return taken[:count]
+
+    def finish(self) -> None:
+        """Refuse targets that are left when a stream of logits has ended."""
+        if len(self._rest) or next(self._chunks, self._rest).size:
+            raise FileError(self.source.path, "has more targets than there are rows of logits")
