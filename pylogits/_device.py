@@ -29,6 +29,8 @@ class DeviceArray(np.ndarray[Any, Any]):
     owner: Any = None
     __array_ufunc__ = None  # type: ignore[assignment]  # arithmetic is a TypeError, not a segmentation fault
 
+    __repr__ = __str__ = object.__repr__  # those of NumPy read numbers
+
     def __array_finalize__(self, parent: Any) -> None:
         self.owner = getattr(parent, "owner", None)
 

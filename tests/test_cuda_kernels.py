@@ -207,6 +207,17 @@ def test_ignored_rows_and_their_mean():
     np.testing.assert_allclose(grad[1], [0.1139314, -0.1903021, 0.0763706], rtol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size", "sum_by_nonzero_weights", "mean"])
+def test_reductions(reduction):
+    rng = np.random.default_rng(7)
+    x, targets = rng.standard_normal((20, 5)).astype(np.float32), rng.integers(5, size=20).astype(np.int32)
+    options = {"sample_weight": np.arange(20, dtype=np.float32) % 3, "weight": rng.random(5).astype(np.float32)}
+    loss, grad = on_gpu(value_and_grad, x, targets, ignore_index=2, reduction=reduction, **options)
+    expected, slopes = reference(value_and_grad, x, targets, ignore_index=2, reduction=reduction, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(grad, slopes, rtol=1e-6, atol=1e-7)
+
+
 def test_strided_loss():
     rng = np.random.default_rng(3)
     x, targets = rng.standard_normal((2, 19, 5)).astype(np.float32), rng.integers(19, size=(2, 5))
