@@ -54,6 +54,15 @@ format: $(VENV)/installed  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i c/*.c c/*.h
 
+.PHONY: ptx
+ptx: $(VENV)/installed  ## compile the CUDA kernels without a GPU: registers, spills and vector loads of each (PTX="--arch 90")
+	$(BIN)/python bench/ptx.py $(PTX)
+
+.PHONY: gpu
+gpu: $(VENV)/installed  ## on a machine with a GPU and torch: the tests of the CUDA kernels, then their times beside torch's
+	$(BIN)/pytest tests/test_cuda_kernels.py
+	$(BIN)/python bench/gpu.py --json gpu.json
+
 .PHONY: docs
 docs: $(VENV)/installed  ## the site, in build-docs/ (a warning is an error)
 	$(BIN)/python docs/figures.py
@@ -183,4 +192,4 @@ $(BUILD)/neon/test_kernels: $(C_SOURCES)
 
 .PHONY: clean
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(BUILD) build build-compare build-docs docs/generated scores.parquet report.html bench*.json
+	rm -rf $(VENV) $(BUILD) build build-compare build-docs docs/generated scores.parquet report.html bench*.json gpu.json

@@ -1,5 +1,6 @@
 """Softmax and cross entropy for NumPy arrays of logits: exact, and at the speed of memory."""
 
+from pylogits._device import deferred_checks
 from pylogits._dispatch import get_num_threads, set_num_threads, show_config, use_backend
 from pylogits._reference import Scores
 from pylogits.activations import (
@@ -26,6 +27,7 @@ __all__ = [
     "check_logits",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "deferred_checks",
     "get_num_threads",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",

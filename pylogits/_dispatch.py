@@ -53,6 +53,17 @@ def select(dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
     return module, 1 if elements < backend.serial_below else get_num_threads()
 
 
+def on_gpu() -> ModuleType:
+    """The backend module for arrays on a GPU."""
+    try:
+        module = importlib.import_module("pylogits._cuda")
+    except ImportError as error:
+        raise ImportError('arrays on a GPU need numba-cuda: pip install "pylogits[cuda]"') from error
+    if not module.is_available():
+        raise ImportError('arrays on a GPU need an NVIDIA driver beside what pip install "pylogits[cuda]" installs')
+    return module
+
+
 _loaded: dict[str, tuple[Backend, ModuleType]] = {}
 
 

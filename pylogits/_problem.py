@@ -2,18 +2,15 @@
 
 import math
 import operator
-import sys
 import warnings
 from collections.abc import Iterator
-from fractions import Fraction
-from functools import lru_cache
 from types import EllipsisType
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 
 from pylogits import _dispatch, _rows
-from pylogits._reference import LossOptions
+from pylogits._reference import LossOptions, reciprocal
 from pylogits._rows import Array
 
 REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights")
@@ -71,7 +68,7 @@ class Problem(NamedTuple):
     loss_grad: Array | None
     options: LossOptions
     reduction: str
-    denominator: float = 1.0
+    denominator: float | None = 1.0  # None: to be made on a GPU
 
     @property
     def hard(self) -> bool:
@@ -83,7 +80,7 @@ class Problem(NamedTuple):
 
     def arrays(self) -> tuple[Array | None, ...]:
         """All of the caller's that is read while results are written."""
-        return self.where, self.targets, self.sample_weight, self.loss_grad
+        return self.where, self.targets, self.sample_weight, self.loss_grad, self.options.weight
 
     def counted(self) -> Array | None:
         """The rows that are not ignored; None for all."""
@@ -127,19 +124,48 @@ class Problem(NamedTuple):
                 logits, where, probabilities, labels, sample_weight, loss_grad, grad, losses, self.options, threads
             )
 
-        good = _rows.run(
-            kernel,
-            module.DTYPES,
-            (self.axis,),
-            _rows.Operands(
-                [logits, self.where, None if self.hard else self.targets],
-                [self.labels(), self.per_row(self.sample_weight), self.per_row(self.loss_grad)],
-                [] if grad is None else [grad],
-                [losses],
-            ),
+        row_inputs = [self.labels(), self.per_row(self.sample_weight), self.per_row(self.loss_grad)]
+        _rows.run(kernel, module.DTYPES, (self.axis,), self._operands(logits, row_inputs, grad, losses), _raise_changed)
+
+    def run_on_gpu(self, logits: Any, grad: Array | None, result: Array) -> None:
+        """The losses, or what they are reduced to, and the gradient."""
+        module, losses, reduced = _dispatch.on_gpu(), result, None
+        mean = self.reduction == "mean"
+        if mean and self.denominator == 0:
+            _warn_of_nothing()
+        if self.reduction != "none":
+            _, losses = _rows.allocate(logits.owner, self.rows, self.dtype)
+            reduced = result.reshape(1)
+        reduction = module.Reduction(reduced, self.denominator, weighted=mean, mean=mean)
+
+        def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> Any:
+            labels, sample_weight, loss_grad, *grads, losses = rest
+            grad = grads[0] if grads else None
+            rows = labels, sample_weight, loss_grad
+            status = module.cross_entropy(logits, where, probabilities, *rows, grad, losses, self.options, reduction)
+            if status is not None and mean:
+                status.when_empty = _warn_of_nothing
+            return status
+
+        row_inputs = [self.targets if self.hard else None, self.sample_weight, self.loss_grad]
+        operands = self._operands(logits, row_inputs, grad, losses)
+        _rows.run(kernel, module.DTYPES, (self.axis,), operands, lambda: self._raise_bad_values(logits.shape[self.axis]))
+
+    def _operands(self, logits: Array, row_inputs: list[Array | None], grad: Array | None, losses: Array) -> _rows.Operands:
+        inputs = [logits, self.where, None if self.hard else self.targets]
+        return _rows.Operands(inputs, row_inputs, [] if grad is None else [grad], [losses])
+
+    def _raise_bad_values(self, classes: int) -> NoReturn:
+        """What the check of values that are on a GPU would have raised."""
+        weight = None if self.options.weight is None else _rows.to_host(self.options.weight)
+        found = self._replace(
+            targets=_rows.to_host(self.targets),
+            where=None if self.where is None else _rows.to_host(self.where),
+            sample_weight=None if self.sample_weight is None else _rows.to_host(self.sample_weight),
+            options=self.options._replace(weight=weight),
         )
-        if not good:
-            raise ValueError("a target changed while it was read")
+        _check_values(found, classes)
+        _raise_changed()
 
     def known_denominator(self, rows: int) -> float | None:
         """What the sum of the losses is divided by, where that depends on the number of rows alone."""
@@ -166,8 +192,7 @@ class Problem(NamedTuple):
         if self.denominator:
             return np.asarray(total / self.denominator, self.dtype)
         if self.reduction == "mean":
-            message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            _warn_of_nothing()
             return np.asarray(np.nan, self.dtype)
         return np.zeros((), self.dtype)
 
@@ -189,8 +214,9 @@ def check_problem(
     reduction: str,
     loss_grad: Any = None,
     denominator: float | None = None,
+    on_gpu: bool = False,
 ) -> Problem:
-    """The arguments of `cross_entropy` for logits of this shape and dtype, checked.
+    """The arguments of `cross_entropy` for logits of this shape and dtype, checked; values on a GPU are so by its kernels.
 
     A `denominator` is given where these rows are a part of those whose losses are summed.
     """
@@ -199,8 +225,8 @@ def check_problem(
     check_classes(classes)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    mask = _rows.check_where(where, shape)
-    given = _rows.to_numpy(targets, "targets")
+    mask = _rows.check_where(where, shape, on_gpu)
+    given = _rows.to_array(targets, "targets", on_gpu)
     hard = given.dtype.kind in "iu"
     if not hard and _rows.check_floats(given, "targets") != given.dtype.newbyteorder("="):
         raise TypeError("targets must be class numbers (integers) or probabilities (floats), not bool")
@@ -208,7 +234,7 @@ def check_problem(
         kind, wanted = ("class numbers", rows) if hard else ("probabilities", shape)
         raise ValueError(f"targets that are {kind} must have shape {wanted} for logits of shape {shape}, not {given.shape}")
     options = LossOptions(
-        weight=None if weight is None else _check_weight(weight, classes, real),
+        weight=None if weight is None else _check_weight(weight, classes, real, on_gpu),
         label_smoothing=_rows.check_real(label_smoothing, "label_smoothing", real, "in [0, 1]"),
         z_loss=_rows.check_real(z_loss, "z_loss", real),
         softcap=None if softcap is None else _rows.check_real(softcap, "softcap", real, "positive and finite"),
@@ -220,7 +246,9 @@ def check_problem(
         options = options._replace(ignore_index=(ignored + 2**63) % 2**64 - 2**63)
     upstream = None
     if loss_grad is not None:
-        upstream = np.broadcast_to(_check_rows(loss_grad, "loss_grad", rows if reduction == "none" else ()), rows)
+        upstream = np.broadcast_to(
+            _check_rows(loss_grad, "loss_grad", rows if reduction == "none" else (), real, on_gpu), rows, subok=True
+        )
     problem = Problem(
         rows,
         axis,
@@ -228,22 +256,40 @@ def check_problem(
         mask,
         given,
         ignored,
-        None if sample_weight is None else _check_rows(sample_weight, "sample_weight", rows),
+        None if sample_weight is None else _check_rows(sample_weight, "sample_weight", rows, real, on_gpu),
         upstream,
         options,
         reduction,
     )
+    known = problem.known_denominator(math.prod(rows))
+    denominator = known if on_gpu else _check_values(problem, classes, denominator)
+    scale = reciprocal(denominator or 1.0, options.temperature, real)
+    return problem._replace(options=options._replace(scale=scale), denominator=denominator)
+
+
+def _check_values(problem: Problem, classes: int, denominator: float | None = None) -> float:
+    """Check targets and weights; what the sum of the losses is divided by, unless it is given."""
+    real, weight = problem.dtype, problem.options.weight
+    if weight is not None and not _all_finite(weight, real):
+        _raise_not_finite(weight, "weight", real)
     try:
         for _, _, part in problem.parts():
-            if hard and not _labels_are_good(part, classes):
+            if problem.hard and not _labels_are_good(part, classes):
                 _raise_bad_label(problem, classes)
             if part.sample_weight is not None and not _all_finite(part.sample_weight, real):
                 _raise_not_finite(problem.sample_weight, "sample_weight", real)
-        denominator = _denominator(problem) if denominator is None else denominator
+        return _denominator(problem) if denominator is None else denominator
     except IndexError:  # by another thread, after it was checked
-        raise ValueError("a target changed while it was read") from None
-    scale = _scale(denominator or 1.0, options.temperature, real)
-    return problem._replace(options=options._replace(scale=scale), denominator=denominator)
+        _raise_changed()
+
+
+def _raise_changed() -> NoReturn:
+    raise ValueError("a target changed while it was read") from None
+
+
+def _warn_of_nothing() -> None:
+    message = "the mean of no losses is NaN: all rows are ignored or have weight 0"
+    warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 def check_classes(classes: int) -> None:
@@ -269,15 +315,6 @@ def check_denominator(total: Any) -> float:
     if not math.isfinite(denominator):
         raise ValueError(f"a mean needs weights with a finite sum, not {denominator}")
     return denominator
-
-
-@lru_cache(maxsize=64)
-def _scale(denominator: float, temperature: float, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """1 / (denominator * temperature) as the sum of two numbers of a dtype."""
-    greatest = Fraction(min(float(np.finfo(dtype).max), sys.float_info.max))
-    number = max(-greatest, min(greatest, 1 / (Fraction(denominator) * Fraction(temperature))))
-    high = float(dtype.type(float(number)))
-    return high, float(dtype.type(float(number - Fraction(high))))
 
 
 def _check_ignore_index(ignore_index: SupportsIndex, targets: Array, hard: bool) -> int | None:
@@ -326,24 +363,29 @@ def _raise_bad_label(problem: Problem, classes: int) -> NoReturn:
     raise ValueError(f"target {targets[index]}{place} {complaint}")
 
 
-def _check_rows(values: Any, name: str, shape: tuple[int, ...]) -> Array:
-    """Real numbers, broadcast to a shape."""
-    array = _rows.to_numpy(values, name)
+def _check_numbers(values: Any, name: str, dtype: np.dtype[Any], on_gpu: bool) -> Array:
+    """Real numbers; on a GPU, where nothing is converted, in the dtype that is computed in."""
+    array = _rows.to_array(values, name, on_gpu)
     _rows.check_floats(array, name)
+    if on_gpu and array.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype} on a GPU, not {array.dtype}")
+    return array
+
+
+def _check_rows(values: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], on_gpu: bool) -> Array:
+    """Real numbers, broadcast to a shape."""
+    array = _check_numbers(values, name, dtype, on_gpu)
     try:
-        return np.broadcast_to(array, shape)
+        return np.broadcast_to(array, shape, subok=True)
     except ValueError:
         raise ValueError(f"{name} of shape {array.shape} does not broadcast to the losses' shape {shape}") from None
 
 
-def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any]) -> Array:
-    array = _rows.to_numpy(weight, "weight")
-    _rows.check_floats(array, "weight")
+def _check_weight(weight: Any, classes: int, dtype: np.dtype[Any], on_gpu: bool) -> Array:
+    array = _check_numbers(weight, "weight", dtype, on_gpu)
     if array.shape != (classes,):
         raise ValueError(f"weight must have one entry a class, shape ({classes},), not {array.shape}")
-    if not _all_finite(array, dtype):
-        _raise_not_finite(array, "weight", dtype)
-    return np.array(array, dtype)  # a copy: gradients may go where it was
+    return array if on_gpu else np.array(array, dtype)  # a copy: gradients may go where it was
 
 
 def _all_finite(array: Array, dtype: np.dtype[Any]) -> bool:

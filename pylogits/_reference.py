@@ -14,6 +14,9 @@ cross_entropy has labels or else probabilities, which are like logits; its sampl
 its class weights are contiguous and in the dtype that is computed in.
 """
 
+import sys
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +77,15 @@ class LossOptions(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
     scale: tuple[float, float] = (1.0, 0.0)  # of gradients, as a pair: all but the derivative for logits / temperature
+
+
+@lru_cache(maxsize=64)
+def reciprocal(a: float, b: float, dtype: np.dtype[Any]) -> tuple[float, float]:
+    """1 / (a b) as the sum of two numbers of a dtype."""
+    greatest = Fraction(min(float(np.finfo(dtype).max), sys.float_info.max))
+    number = max(-greatest, min(greatest, 1 / (Fraction(a) * Fraction(b))))
+    high = float(dtype.type(float(number)))
+    return high, float(dtype.type(float(number - Fraction(high))))
 
 
 DTYPES: frozenset[np.dtype[Any]] = frozenset({np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.longdouble)})

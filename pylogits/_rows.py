@@ -9,6 +9,7 @@ doesn't take, they are copied and computed a piece at a time: never as a whole.
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import ml_dtypes
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from array_api_compat import is_torch_array
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
-from pylogits import _dispatch
+from pylogits import _device, _dispatch
+from pylogits._device import DeviceArray
 
 Array = npt.NDArray[Any]
 Axis = SupportsIndex | tuple[SupportsIndex, ...] | None
@@ -37,6 +39,17 @@ _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 # ---- into NumPy and back ----
 
 
+def to_array(array: Any, name: str, on_gpu: bool | None = None) -> Array:
+    """`to_numpy`, or the memory of an array on a GPU; `on_gpu` says where it must be, as the logits are there."""
+    found = _device.is_on_gpu(array)
+    if on_gpu and not found:
+        raise TypeError(f"{name} is in main memory; beside logits on a GPU, only arrays there are supported")
+    if not found or on_gpu is False:
+        return to_numpy(array, name)
+    _dispatch.on_gpu()
+    return _device.view(array)
+
+
 def to_numpy(array: Any, name: str) -> Array:
     """`array` as a NumPy array, without a copy where it has the memory of one."""
     if isinstance(array, np.ma.MaskedArray):
@@ -54,8 +67,19 @@ def to_numpy(array: Any, name: str) -> Array:
     return np.asarray(array)
 
 
+def to_host(array: Array) -> Array:
+    """An array whose numbers can be read."""
+    if isinstance(array, DeviceArray):
+        copy: Array = _dispatch.on_gpu().to_host(array)
+        return copy
+    return array
+
+
 def allocate(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Array]:
     """A new array of the library of `like`, and the same memory as a NumPy array."""
+    if _device.is_on_gpu(like):
+        answer, memory = _dispatch.on_gpu().allocate(like, shape, dtype)
+        return answer, memory
     if is_torch_array(like):
         import torch
 
@@ -126,29 +150,29 @@ def check_temperature(temperature: Any, dtype: np.dtype[Any]) -> float:
     return check_real(temperature, "temperature", row_dtype(dtype), "positive and finite")
 
 
-def check_where(where: Any, shape: tuple[int, ...]) -> Array | None:
+def check_where(where: Any, shape: tuple[int, ...], on_gpu: bool = False) -> Array | None:
     if where is None:
         return None
-    mask = to_numpy(where, "where")
+    mask = to_array(where, "where", on_gpu)
     if mask.dtype != np.bool_:
         raise TypeError(f"where must be boolean, not {mask.dtype}")
     try:
-        return np.broadcast_to(mask, shape)
+        return np.broadcast_to(mask, shape, subok=True)
     except ValueError:
         raise ValueError(f"where of shape {mask.shape} does not broadcast to the logits' {shape}") from None
 
 
-def check_integers(labels: Any, name: str) -> Array:
-    array = to_numpy(labels, name)
+def check_integers(labels: Any, name: str, on_gpu: bool = False) -> Array:
+    array = to_array(labels, name, on_gpu)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, not {array.dtype}")
     return array
 
 
-def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out") -> Array:
-    if not isinstance(out, np.ndarray) and not is_torch_array(out):
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], name: str = "out", on_gpu: bool = False) -> Array:
+    if not isinstance(out, np.ndarray) and not is_torch_array(out) and not _device.is_on_gpu(out):
         raise TypeError(f"{name} must be an array, not {type(out).__name__}")
-    array = to_numpy(out, name)
+    array = to_array(out, name, on_gpu)
     if array.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, not {array.dtype}")
     if array.shape != shape:
@@ -163,6 +187,7 @@ def raise_bad_label(labels: Array, name: str, classes: int, start: Sequence[int]
 
     They may be a part of what the user gave, from the index `start` on.
     """
+    labels = to_host(labels)
     bad = np.argwhere((labels < 0) | (labels >= classes))
     if not len(bad):
         raise ValueError(f"a {name} changed while it was read")
@@ -212,10 +237,9 @@ class Operands(NamedTuple):
     outputs: Sequence[Array] = ()
     row_outputs: Sequence[Array] = ()
 
-    def call(self, kernel: Kernel) -> bool:
-        """Call ``kernel(*inputs, *row_inputs, *outputs, *row_outputs)``; False where it met a bad label."""
-        status = kernel(*self.inputs, *self.row_inputs, *self.outputs, *self.row_outputs)
-        return status in (None, -1)
+    def call(self, kernel: Kernel) -> Any:
+        """Call ``kernel(*inputs, *row_inputs, *outputs, *row_outputs)``."""
+        return kernel(*self.inputs, *self.row_inputs, *self.outputs, *self.row_outputs)
 
     def parts(self) -> Iterator["Operands"]:
         """The rows of views, at most CALL_SIZE elements at a time."""
@@ -236,12 +260,43 @@ class Operands(NamedTuple):
             )
 
 
-def run(kernel: Kernel, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], operands: Operands) -> bool:
-    """Run a kernel that takes `dtypes` on all rows; False where it met a bad label."""
+def run(
+    kernel: Kernel,
+    dtypes: frozenset[np.dtype[Any]],
+    axes: tuple[int, ...],
+    operands: Operands,
+    complain: Callable[[], None] | None = None,
+) -> None:
+    """Run a kernel that takes `dtypes` on all rows, and `complain` where it met a bad label."""
     whole = _as_whole(operands, dtypes, axes)
+    if isinstance(operands.inputs[0], DeviceArray):
+        _run_on_gpu(kernel, whole, operands.inputs[0], dtypes, complain)
+        return
     if whole is not None:
-        return all(part.call(kernel) for part in whole.parts())
-    return all(_run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes))
+        good = all(part.call(kernel) in (None, -1) for part in whole.parts())
+    else:
+        good = all(_run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes))
+    if not good and complain is not None:
+        complain()
+
+
+def _run_on_gpu(
+    kernel: Kernel,
+    whole: Operands | None,
+    logits: Array,
+    dtypes: frozenset[np.dtype[Any]],
+    complain: Callable[[], None] | None,
+) -> None:
+    """In one call, without copies."""
+    if logits.dtype not in dtypes:
+        raise TypeError(
+            f"logits on a GPU must be of one of the dtypes {', '.join(sorted(map(str, dtypes)))}, not {logits.dtype}"
+        )
+    if whole is None:
+        raise ValueError("arrays on a GPU are not copied: all must have the logits' dtype, and strides that have rows")
+    status = whole.call(kernel)
+    if status is not None and complain is not None:
+        _device.settle(status, complain)
 
 
 def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]) -> Operands | None:
@@ -259,8 +314,11 @@ def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[
         return None
     outer, _, inner = logits.shape
     lead = full[0].ndim - len(axes)
-    row_inputs = [None if array is None else array.reshape(outer, inner) for array in operands.row_inputs]
-    row_outputs = [array.reshape(outer, inner, *array.shape[lead:]) for array in operands.row_outputs]
+    try:
+        row_inputs = [None if array is None else array.reshape(outer, inner, copy=False) for array in operands.row_inputs]
+        row_outputs = [array.reshape(outer, inner, *array.shape[lead:], copy=False) for array in operands.row_outputs]
+    except ValueError:
+        return None
     return Operands(inputs, row_inputs, [view for view in outputs if view is not None], row_outputs)
 
 
@@ -306,7 +364,7 @@ def _as_pieces(
 
 
 def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
-    good = piece.call(kernel)
+    good = piece.call(kernel) in (None, -1)
     for target, result in zip(targets, piece.outputs, strict=True):
         target[...] = result.reshape(target.shape)
     return good
@@ -358,6 +416,25 @@ def run_contiguous(
     return result if rows or out is not None else result[()]
 
 
+def backend(array: Array, dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
+    """The backend module and the number of threads for an array, as logits of this dtype and size."""
+    if isinstance(array, DeviceArray):
+        return _dispatch.on_gpu(), 1
+    return _dispatch.select(dtype, elements)
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any], out: Any = None) -> Array:
+    """Room for results that `deliver` gives to the user: on a GPU already what the user gets."""
+    if not _device.is_on_gpu(like):
+        return np.empty(shape, dtype)
+    return allocate(like, shape, dtype)[1] if out is None else _device.view(out)
+
+
+def as_labels(labels: Array) -> Array:
+    """Integers as kernels take them."""
+    return labels if isinstance(labels, DeviceArray) else np.asarray(labels, np.int64, order="C")
+
+
 def same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays are the same elements at the same places."""
     return (
@@ -373,6 +450,15 @@ def clashes(target: Array, given: Array | None) -> bool:
     return given is not None and bool(np.may_share_memory(target, given)) and not same_memory(target, given)
 
 
+def apart(target: Array, name: str, *inputs: Array | None) -> Array:
+    """An output, or room for it where it overlaps with an input."""
+    if not any(clashes(target, given) for given in inputs):
+        return target
+    if isinstance(target, DeviceArray):
+        raise ValueError(f"{name} overlaps with an input without being the same: on a GPU it can't")
+    return np.empty_like(target)
+
+
 def run_full(
     operation: str, like: Any, array: Array, other: Array | None, axis: Axis, out: Any, options: tuple[Any, ...] = ()
 ) -> Any:
@@ -385,13 +471,11 @@ def run_full(
     if out is None:
         answer, target = allocate(like, array.shape, dtype)
     else:
-        answer, target = out, check_out(out, array.shape, dtype)
+        answer, target = out, check_out(out, array.shape, dtype, on_gpu=_device.is_on_gpu(array))
     if not array.size:
         return answer
-    result = target
-    if any(clashes(target, given) for given in (array, other)):
-        result = np.empty_like(target)
-    module, threads = _dispatch.select(dtype, array.size)
+    result = apart(target, "out", array, other)
+    module, threads = backend(array, dtype, array.size)
     kernel = getattr(module, operation)
     run(
         lambda array, other, out: kernel(array, other, *options, out, threads),
@@ -401,11 +485,13 @@ def run_full(
     )
     if result is not target:
         target[...] = result
-    return answer if out is not None or answer.ndim else answer[()]
+    return answer if out is not None or answer.ndim or isinstance(target, DeviceArray) else answer[()]
 
 
 def deliver(like: Any, result: Array, out: Any) -> Any:
     """A computed array as the user wants it: in `out`, or in an array of the library of `like`; a scalar if it is 0-d."""
+    if isinstance(result, DeviceArray):
+        return result.owner if out is None else out
     if out is not None:
         check_out(out, result.shape, result.dtype)[...] = result
         return out

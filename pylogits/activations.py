@@ -4,7 +4,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from pylogits import _dispatch, _rows
+from pylogits import _device, _rows
 from pylogits._float_state import standard_arithmetic
 from pylogits._rows import Axis
 
@@ -16,7 +16,7 @@ def softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature: flo
     ----------
     logits : array_like of float, shape (..., C, ...)
         Raw scores. float16 and bfloat16 are computed in float32 and rounded once; integers and booleans are taken as
-        float64. A CPU torch tensor gives a torch tensor.
+        float64. A torch tensor gives a torch tensor, an array on a GPU one there.
     axis : int, tuple of int or None, optional
         The class axis, the last by default. Several axes, or all of them (None), form one distribution.
     where : array_like of bool, optional
@@ -99,9 +99,9 @@ def log_softmax(logits: Any, axis: Axis = -1, *, where: Any = None, temperature:
 
 @standard_arithmetic
 def _masked(operation: str, logits: Any, axis: Axis, where: Any, temperature: Any, out: Any) -> Any:
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
-    mask = _rows.check_where(where, array.shape)
+    mask = _rows.check_where(where, array.shape, _device.is_on_gpu(array))
     return _rows.run_full(operation, logits, array, mask, axis, out, (_rows.check_temperature(temperature, dtype),))
 
 
@@ -185,7 +185,8 @@ def log_softmax_backward(grad: Any, log_probs: Any, axis: Axis = -1, *, out: Any
 
 @standard_arithmetic
 def _backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out: Any) -> Any:
-    array, slopes = _rows.to_numpy(result, name), _rows.to_numpy(grad, "grad")
+    array = _rows.to_array(result, name)
+    slopes = _rows.to_array(grad, "grad", _device.is_on_gpu(array))
     dtype = _rows.check_floats(array, name)
     if _rows.check_floats(slopes, "grad") != slopes.dtype.newbyteorder("="):
         slopes = slopes.astype(_rows.row_dtype(dtype))  # integers
@@ -245,25 +246,27 @@ def logsumexp(
 
 @standard_arithmetic
 def _logsumexp(logits: Any, axis: Axis, where: Any, temperature: Any, keepdims: bool, out: Any) -> Any:
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     axes = _rows.check_axis(axis, array.ndim)
-    mask = _rows.check_where(where, array.shape)
+    mask = _rows.check_where(where, array.shape, _device.is_on_gpu(array))
     temperature = _rows.check_temperature(temperature, dtype)
     shape = tuple(size for number, size in enumerate(array.shape) if number not in axes)
     kept = tuple(1 if number in axes else size for number, size in enumerate(array.shape))
     if out is not None:
-        _rows.check_out(out, kept if keepdims else shape, _rows.row_dtype(dtype))
-    result = np.full(shape, -np.inf, _rows.row_dtype(dtype))
-    if array.size:
-        module, threads = _dispatch.select(dtype, array.size)
+        _rows.check_out(out, kept if keepdims else shape, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
+    result = _rows.empty(logits, kept if keepdims else shape, _rows.row_dtype(dtype), out)
+    if not array.size and not _device.is_on_gpu(array):
+        result[...] = -np.inf
+    elif result.size:
+        module, threads = _rows.backend(array, dtype, array.size)
         _rows.run(
             lambda logits, where, out: module.logsumexp(logits, where, temperature, out, threads),
             module.DTYPES,
             axes,
-            _rows.Operands([array, mask], row_outputs=[result]),
+            _rows.Operands([array, mask], row_outputs=[result.reshape(shape)]),
         )
-    return _rows.deliver(logits, result.reshape(kept) if keepdims else result, out)
+    return _rows.deliver(logits, result, out)
 
 
 @standard_arithmetic
@@ -310,10 +313,10 @@ def selective_log_softmax(
     >>> pylogits.selective_log_softmax([[0.5, 1.5, 0.1], [2.2, 1.3, 1.7]], [1, 2])
     array([-0.4790107 , -1.19967598])
     """
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
-    picks = _rows.check_integers(indices, "indices")
+    picks = _rows.check_integers(indices, "indices", _device.is_on_gpu(array))
     temperature = _rows.check_temperature(temperature, dtype)
     single = array.shape[:number] + array.shape[number + 1 :]
     shape = picks.shape
@@ -324,18 +327,17 @@ def selective_log_softmax(
     else:
         raise ValueError(f"indices must have shape {single}, or that with K at axis {number}, not {shape}")
     if out is not None:
-        _rows.check_out(out, shape, dtype)
-    result = np.empty(several.shape, dtype)
+        _rows.check_out(out, shape, dtype, on_gpu=_device.is_on_gpu(array))
+    result = _rows.empty(logits, shape, dtype, out)
     if picks.size:
         if not array.size:
             _rows.raise_bad_label(picks, "index", array.shape[number])
-        module, threads = _dispatch.select(dtype, array.size)
-        good = _rows.run(
+        module, threads = _rows.backend(array, dtype, array.size)
+        _rows.run(
             lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
             module.DTYPES,
             (number,),
-            _rows.Operands([array, np.asarray(several, np.int64, order="C")], outputs=[result]),
+            _rows.Operands([array, _rows.as_labels(several)], outputs=[result.reshape(several.shape)]),
+            lambda: _rows.raise_bad_label(picks, "index", array.shape[number]),
         )
-        if not good:
-            _rows.raise_bad_label(picks, "index", array.shape[number])
-    return _rows.deliver(logits, result.reshape(shape), out)
+    return _rows.deliver(logits, result, out)

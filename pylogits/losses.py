@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from pylogits import _dispatch, _rows
+from pylogits import _device, _rows
 from pylogits._float_state import standard_arithmetic
 from pylogits._problem import Total, check_classes, check_problem
 
@@ -50,9 +50,9 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     >>> pylogits.softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     array([0.4790107 , 1.19967598])
     """
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
-    weights = _rows.to_numpy(labels, "labels")
+    weights = _rows.to_array(labels, "labels", _device.is_on_gpu(array))
     if _rows.check_floats(weights, "labels") != weights.dtype.newbyteorder("="):
         weights = weights.astype(_rows.row_dtype(dtype))  # a one-hot array of integers
     number = _rows.check_single_axis(axis, array.ndim) - array.ndim
@@ -64,16 +64,16 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     check_classes(shape[number])
     rows = shape[:number] + shape[number + 1 :]
     if out is not None:
-        _rows.check_out(out, rows, _rows.row_dtype(dtype))
-    result = np.empty(rows, _rows.row_dtype(dtype))
+        _rows.check_out(out, rows, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
+    result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
-        module, threads = _dispatch.select(dtype, result.size * shape[number])
+        module, threads = _rows.backend(array, dtype, result.size * shape[number])
         _rows.run(
             lambda logits, labels, out: module.softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,
             (number,),
             _rows.Operands(
-                [np.broadcast_to(array, shape), np.broadcast_to(weights, shape)],
+                [np.broadcast_to(array, shape, subok=True), np.broadcast_to(weights, shape, subok=True)],
                 row_outputs=[result],
             ),
         )
@@ -126,31 +126,30 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
 
 @standard_arithmetic
 def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: Any) -> Any:
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
-    classes = _rows.check_integers(labels, "labels")
+    classes = _rows.check_integers(labels, "labels", _device.is_on_gpu(array))
     rows = array.shape[:number] + array.shape[number + 1 :]
     if classes.shape != rows:
         raise ValueError(f"labels must have the shape of logits without axis {number}, {rows}, not {classes.shape}")
     check_classes(array.shape[number])
     if out is not None:
-        _rows.check_out(out, rows, _rows.row_dtype(dtype))
-    result = np.empty(rows, _rows.row_dtype(dtype))
+        _rows.check_out(out, rows, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
+    result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
-        module, threads = _dispatch.select(dtype, array.size)
-        good = _rows.run(
+        module, threads = _rows.backend(array, dtype, array.size)
+        _rows.run(
             lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,
             (number,),
             _rows.Operands(
                 [array],
-                row_inputs=[np.asarray(classes, np.int64, order="C")],
+                row_inputs=[_rows.as_labels(classes)],
                 row_outputs=[result],
             ),
+            lambda: _rows.raise_bad_label(classes, "label", array.shape[number]),
         )
-        if not good:
-            _rows.raise_bad_label(classes, "label", array.shape[number])
     return _rows.deliver(logits, result, out)
 
 
@@ -402,22 +401,24 @@ def run_cross_entropy(
     grad_out: Any = None,
     **options: Any,
 ) -> tuple[Any, Any]:
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
-    problem = check_problem(array.shape, number, dtype, targets, **options)
+    on_gpu = _device.is_on_gpu(array)
+    problem = check_problem(array.shape, number, dtype, targets, on_gpu=on_gpu, **options)
     if out is not None:
-        _rows.check_out(out, problem.result_shape, problem.dtype)
+        _rows.check_out(out, problem.result_shape, problem.dtype, on_gpu=on_gpu)
     answer, grad = None, None
     if differentiate and grad_out is None:
         answer, grad = _rows.allocate(logits, array.shape, dtype)
     elif differentiate:
-        answer, grad = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out")
+        answer, grad = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out", on_gpu)
 
-    slopes = grad
-    if grad is not None and any(_rows.clashes(grad, given) for given in (array, *problem.arrays())):
-        slopes = np.empty_like(grad)
-    losses = np.empty(problem.result_shape, problem.dtype)
+    slopes = None if grad is None else _rows.apart(grad, "grad_out", array, *problem.arrays())
+    losses = _rows.empty(logits, problem.result_shape, problem.dtype, out)
+    if on_gpu:
+        problem.run_on_gpu(array, slopes, losses)
+        return _rows.deliver(logits, losses, out), answer
     total = Total(math.prod(problem.rows), problem.dtype)
     for index, full, part in problem.parts():
         numbers = losses[index] if problem.reduction == "none" else total.room(part.rows)

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 import ml_dtypes
 import numpy as np
 
-from pylogits import _dispatch, _rows
+from pylogits import _device, _rows
 from pylogits._float_state import standard_arithmetic
 from pylogits._reference import Scores
 
@@ -77,7 +77,7 @@ def score(
     >>> scores.loss
     array([0.4790107 , 1.19967598])
     """
-    array = _rows.to_numpy(logits, "logits")
+    array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
     temperature = _rows.check_temperature(temperature, dtype)
@@ -89,40 +89,41 @@ def score(
         raise TypeError(f"top_k must be an int, not {top_k!r}") from None
     if not 1 <= k <= classes:
         raise ValueError(f"top_k must be between 1 and the number of classes, {classes}, not {k}")
-    labels = None
+    labels, on_gpu = None, _device.is_on_gpu(array)
     if targets is not None:
-        labels = _rows.check_integers(targets, "targets")
+        labels = _rows.check_integers(targets, "targets", on_gpu)
         if labels.shape != rows:
             raise ValueError(f"targets must have the shape of logits without axis {number}, {rows}, not {labels.shape}")
-    floats = _rows.row_dtype(dtype)
-    results = [
-        np.empty(rows, np.int64),
-        *(np.empty(rows, floats) for _ in range(3)),
-        np.empty((*rows, k), np.int64),
-        np.empty((*rows, k), floats),
-    ]
+    floats, integers = _rows.row_dtype(dtype), np.dtype(np.int64)
+    # Kernels of the CPU write the top k of a row side by side.
+    best = (*rows[:number], k, *rows[number:]) if on_gpu else (*rows, k)
+    kinds = [(rows, integers), (rows, floats), (rows, floats), (rows, floats), (best, integers), (best, floats)]
     if labels is not None:
-        results += [np.empty(rows, floats), np.empty(rows, np.bool_)]
+        kinds += [(rows, floats), (rows, np.dtype(np.bool_))]
+    results = [_rows.empty(logits, shape, kind) for shape, kind in kinds]
+    row_outputs = list(results)
+    if on_gpu:
+        row_outputs[4:6] = [np.moveaxis(result, number, -1) for result in results[4:6]]
     if array.size:
-        module, threads = _dispatch.select(dtype, array.size)
+        module, threads = _rows.backend(array, dtype, array.size)
 
-        def kernel(logits: Any, *arrays: Any) -> int:
+        def kernel(logits: Any, *arrays: Any) -> Any:
             labels, arrays = (arrays[0], arrays[1:]) if targets is not None else (None, (*arrays, None, None))
-            return int(module.score(logits, labels, temperature, Scores(*arrays), threads))
+            return module.score(logits, labels, temperature, Scores(*arrays), threads)
 
-        good = _rows.run(
+        _rows.run(
             kernel,
             module.DTYPES,
             (number,),
             _rows.Operands(
                 [array],
-                row_inputs=[] if labels is None else [np.asarray(labels, np.int64, order="C")],
-                row_outputs=results,
+                row_inputs=[] if labels is None else [_rows.as_labels(labels)],
+                row_outputs=row_outputs,
             ),
+            None if labels is None else lambda: _rows.raise_bad_label(labels, "target", classes),
         )
-        if not good and labels is not None:
-            _rows.raise_bad_label(labels, "target", classes)
-    results[4:6] = [np.moveaxis(results[4], -1, number), np.moveaxis(results[5], -1, number)]
+    if not on_gpu:
+        results[4:6] = [np.moveaxis(results[4], -1, number), np.moveaxis(results[5], -1, number)]
     delivered = [_rows.deliver(logits, result, None) for result in results]
     return Scores(*delivered, *[None] * (8 - len(delivered)))
 

@@ -20,9 +20,9 @@ LAYERS = (
     ("_problem", "_chunked_rows"),
     ("_rows",),
     ("_dispatch",),
-    ("_simd", "kernels"),
-    ("_reference",),
-    ("_c", "_float_state"),  # the compiled extension; what any may use
+    ("_simd", "_cuda"),
+    ("kernels", "_reference"),
+    ("_c", "_float_state", "_device"),  # the compiled extension; what any may use
 )
 # The same in pylogits/batch.
 BATCH_LAYERS = (("cluster",), ("job", "report"), ("metrics", "writers"), ("readers",))
@@ -92,7 +92,7 @@ def test_only_the_backend_module_knows_the_extension():
 
 def test_api_modules_know_no_backend():
     for name in LAYERS[4]:
-        assert siblings(PACKAGE / f"{name}.py") <= {"_problem", "_rows", "_dispatch", "_reference", "_float_state"}
+        assert siblings(PACKAGE / f"{name}.py") <= {"_problem", "_rows", "_dispatch", "_reference", "_float_state", "_device"}
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.stem)
@@ -123,6 +123,7 @@ def test_every_public_name_is_there():
         "score",
         "Scores",
         "check_logits",
+        "deferred_checks",
         "DoubleSoftmaxWarning",
         "get_num_threads",
         "set_num_threads",
