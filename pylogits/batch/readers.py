@@ -226,7 +226,7 @@ def read_header(path: Path, file: IO[bytes], size: int) -> ByteArray:
     except OSError as error:
         raise FileError(path, error) from None
     except Exception as error:  # a damaged header raises anything: TokenError, TypeError, ...
-        raise FileError(path, f"not a whole .npy file: {shorten(str(error), 200)}") from None
+        raise FileError(path, f"not a whole .npy file: {shorten(str(error) or 'damaged header', 200)}") from None
     return array
 
 
