@@ -51,8 +51,9 @@ def one_line_errors() -> Iterator[None]:
     """End the command with one line on standard error about the file that is wrong."""
     try:
         yield
-    except FileError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (FileError, OSError) as error:
+        line = FileError(error.filename, error) if isinstance(error, OSError) else error
+        typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -86,8 +87,8 @@ def make_parts(
 ) -> list[job.Part]:
     """Pair files of logits with those of their targets, and with the files of their scores in a folder."""
     files = expand(logits)
-    if STANDARD_INPUT in files and len(files) > 1:
-        raise FileError(STANDARD_INPUT, "standard input can't be one of several inputs")
+    if STANDARD_INPUT in files and (len(files) > 1 or folder is not None):
+        raise FileError(STANDARD_INPUT, "standard input can't be one of several inputs, nor have its scores in a folder")
     labels: list[Path | None] = [*expand(targets)]
     if not labels:
         labels = [*files] if targets_name is not None else [None] * len(files)
@@ -99,22 +100,33 @@ def make_parts(
         common = os.path.commonpath([os.path.abspath(file.parent) for file in files])
         names = [os.path.relpath(os.path.abspath(file.with_suffix("")), common).replace(os.sep, "-") for file in files]
         outs = [folder / f"{name}{suffix}" for name in names]
-        for i, name in enumerate(names):
-            if names.index(name) < i:
-                raise FileError(files[i], f"its scores would take the place of those of {files[names.index(name)]}")
     return [job.Part(str(file), file, label, out) for file, label, out in zip(files, labels, outs, strict=True)]
 
 
-def check_output(out: Path, folder: Path | None, suffix: str, needs_folder: bool) -> None:
+def check_output(out: Path, report: Path | None, folder: Path | None, suffix: str, needs_folder: bool) -> None:
     """Refuse an output that can't be written, or not so."""
-    if folder is None and (not os.path.isdir(out.parent) or os.path.isdir(out)):
-        raise FileError(out, "not a file in an existing folder")
-    if folder is not None and (folder.suffix or (os.path.lexists(folder) and not os.path.isdir(folder))):
+    for file in (None if folder else out, report):
+        if file and (os.path.isdir(file) or not (os.path.isdir(file.parent) or file.parent == folder)):
+            raise FileError(file, "not a file in an existing folder")
+    if folder and not os.path.isdir(folder) and (folder.suffix or os.path.lexists(folder)):
         raise FileError(out, f"neither a folder nor a name that ends in {', '.join(WRITERS)}")
     if suffix not in WRITERS:
         raise FileError("--format", f"no format {suffix[1:]}, only {', '.join(name[1:] for name in WRITERS)}")
     if needs_folder and folder is None:
         raise FileError(out, "--resume, --workers and --scheduler need a folder, for a file of scores each")
+
+
+def check_places(parts: list[job.Part], outputs: list[Path | None]) -> None:
+    """Refuse an output that would take the place of an input or of another output."""
+    taken = {os.path.realpath(path) for part in parts for path in (part.logits, part.targets) if path}
+    of_parts = [path for part in parts if part.out for path in (part.out, part.record)]
+    for path in [*of_parts, *outputs]:
+        if path is None:
+            continue
+        place = os.path.realpath(path)
+        if place in taken:
+            raise FileError(path, "would take the place of an input or of another output")
+        taken.add(place)
 
 
 def to_number(temperature: str) -> float:
@@ -130,7 +142,7 @@ def check_columns(names: str, targets: bool) -> tuple[str, ...]:
     columns = tuple(name.strip() for name in names.split(","))
     for name in columns:
         if name not in job.COLUMNS + job.TOP_K_COLUMNS:
-            raise FileError("--columns", f"no column {name}, only {', '.join(job.COLUMNS + job.TOP_K_COLUMNS)}")
+            raise FileError("--columns", f"no column named {name!r}, only {', '.join(job.COLUMNS + job.TOP_K_COLUMNS)}")
         if name in job.TARGET_COLUMNS and not targets:
             raise FileError("--columns", f"{name} needs targets")
     return columns
@@ -217,8 +229,9 @@ def score(
     """Score each row of logits: prediction, confidence, entropy, logsumexp, top-k and loss."""
     with one_line_errors(), unwinding_on_sigterm():
         folder = None if out.suffix in WRITERS else out
-        check_output(out, folder, f".{suffix}", resume or workers > 0 or scheduler is not None)
+        check_output(out, report, folder, f".{suffix}", resume or workers > 0 or scheduler is not None)
         parts = make_parts(logits, targets or [], targets_name, folder, f".{suffix}")
+        check_places(parts, [None if folder else out, report])
         names = None if columns is None else check_columns(columns, parts[0].targets is not None)
         fit = temperature == "fit"
         options = job.Options(
@@ -256,7 +269,7 @@ def score(
         if report is not None:
             others = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
             with replacing(report) as file:
-                file.write(to_html(parts[0].name + others, lines, metrics).encode())
+                file.write(to_html(parts[0].name + others, lines, metrics).encode(errors="replace"))
         if not quiet:
             print_table(lines)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +27,9 @@ from pylogits.batch.metrics import Metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COMMAND = (sys.executable, "-m", "pylogits", "score")
+TAKEN = "would take the place of an input or of another output"
+ALONE = "-: standard input can't be one of several inputs, nor have its scores in a folder"
+NOT_A_FILE = "not a file in an existing folder"
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(50, 4)).astype(np.float32) * 3
@@ -205,6 +209,56 @@ def test_missing_values_and_uneven_rows():
     assert refused("data.parquet", "--out", "out.npz") == "data.parquet: row 2 of column logits has 1 classes, not 2"
 
 
+def test_a_missing_first_row():
+    pq.write_table(pa.table({"logits": [None, [0.5, 1.5]]}), "data.parquet")
+    assert refused("data.parquet", "--out", "out.npz") == "data.parquet: values are missing in column logits from row 0 on"
+
+
+@pytest.mark.parametrize(("save", "suffix"), SAVERS)
+def test_damage_of_single_bytes(save, suffix):
+    """Whatever a byte changes is scored, or refused."""
+    if suffix == "zarr":
+        pytest.skip("Zarr has a folder of files, each of another format")
+    if suffix in ("arrow", "feather"):
+        pytest.skip("Arrow's library ends the process where some bytes are others")
+    path = Path(f"data.{suffix}")
+    save(str(path), logits=LOGITS, targets=TARGETS)
+    whole = path.read_bytes()
+    places = np.random.default_rng(0).integers(0, len(whole), 150)
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        try:
+            with readers.open_logits(path) as logits:
+                for chunk in logits.chunks(1):
+                    assert chunk.shape[1] == logits.shape[1]
+        except readers.FileError as error:
+            assert "\n" not in str(error)
+
+
+def test_damaged_lzma():
+    np.save("logits.npy", LOGITS)
+    with zipfile.ZipFile("data.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.write("logits.npy")
+    data = Path("data.npz").read_bytes()
+    Path("data.npz").write_bytes(data[:200] + bytes(200) + data[400:])
+    assert refused("data.npz", "--out", "out.npz") == "data.npz: not a whole .npy file: Corrupt input data"
+
+
+@pytest.mark.parametrize("shape", [(4,), (50, 4)])
+def test_a_zarr_array_itself(shape):
+    zarr = pytest.importorskip("zarr")
+    logits = np.resize(LOGITS, shape)
+    zarr.create_array("data.zarr", data=logits, chunks=(2,) * len(shape))
+    score("data.zarr", "--out", "out.parquet")
+    assert_scores("out.parquet", np.atleast_2d(logits))
+
+
+def test_an_array_deep_in_a_zarr_store():
+    pytest.importorskip("zarr").open_group("data.zarr", mode="w").create_group("model").create_array("logits", data=LOGITS)
+    score("data.zarr", "--logits-name", "model/logits", "--out", "out.parquet")
+    assert_scores("out.parquet", LOGITS)
+
+
 def test_text_columns_are_no_logits():
     pq.write_table(pa.table({"text": ["a", "b"]}), "data.parquet")
     assert refused("data.parquet", "--out", "out.npz") == "data.parquet: no column of logits"
@@ -275,6 +329,13 @@ def test_bad_standard_input(data, options, reason):
     assert os.listdir() == ["targets.npy"]
 
 
+def test_closed_standard_input():
+    done = subprocess.run(
+        (*COMMAND, "-", "--classes", "4", "--out", "out.npz"), preexec_fn=lambda: os.close(0), capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (2, b"error: standard input: is closed\n")
+
+
 def test_nothing_on_standard_input():
     assert score_bytes(b"", "--classes", "4").returncode == 0
     assert len(read("out.parquet")["prediction"]) == 0
@@ -302,7 +363,7 @@ def test_columns():
     score("logits.npy", "--columns", "entropy, prediction", "--out", "out.parquet")
     assert list(read("out.parquet")) == ["entropy", "prediction"]
     assert refused("logits.npy", "--columns", "loss", "--out", "out.npz") == "--columns: loss needs targets"
-    assert refused("logits.npy", "--columns", "label", "--out", "out.npz").startswith("--columns: no column label, only predic")
+    assert refused("logits.npy", "--columns", "label", "--out", "out.npz").startswith("--columns: no column named 'label', ")
 
 
 # ---- many files ----
@@ -327,7 +388,7 @@ def test_many_files_into_one(shards):
 
 def test_a_folder_of_scores(shards):
     score(*shards, "--out", "scores", "--format", "csv")
-    assert sorted(os.listdir("scores")) == sorted(f"{i}-logits{suffix}" for i in range(3) for suffix in (".csv", ".json"))
+    assert sorted(os.listdir("scores")) == sorted(f"{i}-logits.csv{suffix}" for i in range(3) for suffix in ("", ".json"))
     assert_scores("scores/2-logits.csv", LOGITS[21:], TARGETS[21:])
 
 
@@ -335,13 +396,33 @@ def test_a_folder_of_scores(shards):
     ("arguments", "reason"),
     [
         (["absent*.npy", "--out", "out.npz"], "absent*.npy: no such files"),
-        (["logits.npy", "-", "--out", "out.npz"], "-: standard input can't be one of several inputs"),
+        (
+            ["logits.npy", "-", "--out", "out.npz"],
+            ALONE,
+        ),
         (
             ["logits.npy", "other.npy", "--targets", "targets.npy", "--out", "o.npz"],
             "targets.npy: 1 files of targets for 2 of logits",
         ),
         (["logits.npy", "wide.npy", "--out", "out.npz"], "wide.npy: 5 classes, but 4 in the files before it"),
-        (["logits.npy", "logits.npy", "--out", "scores"], "logits.npy: its scores would take the place of those of logits.npy"),
+        (["logits.npy", "logits.npy", "--out", "scores"], f"scores/logits.parquet: {TAKEN}"),
+        (["data.npz", "--out", "data.npz"], f"data.npz: {TAKEN}"),
+        (["data.npz", "--out", ".", "--format", "npz"], f"data.npz: {TAKEN}"),
+        (["logits.npy", "--targets", "targets.npy", "--out", "out.npz", "--report", "targets.npy"], f"targets.npy: {TAKEN}"),
+        (["logits.npy", "--out", "out.npz", "--report", "out.npz"], f"out.npz: {TAKEN}"),
+        (["logits.npy", "--out", "out.npz", "--report", "absent/report.html"], f"absent/report.html: {NOT_A_FILE}"),
+        (["logits.npy", "--out", "out.npz", "--report", "/"], f"/: {NOT_A_FILE}"),
+        (["logits.npy", "--out", "targets/scores"], "targets/scores: Not a directory"),
+        (
+            ["-", "--classes", "4", "--out", "scores"],
+            ALONE,
+        ),
+        (
+            ["logits.npy", "--top-k", "5", "--out", "scores"],
+            "logits.npy: top_k must be between 1 and the number of classes, 4, not 5",
+        ),
+        (["logits.npy", "--top-k", str(2**70), "--out", "scores"], f"logits.npy: top_k must be an int, not {2**70}"),
+        (["no\nsuch.npy", "--out", "out.npz"], "no such.npy: No such file or directory"),
         (
             ["logits.npy", "--resume", "--out", "out.npz"],
             "out.npz: --resume, --workers and --scheduler need a folder, for a file of scores each",
@@ -363,13 +444,14 @@ def test_refusals(arguments, reason):
     for name, logits in (("logits", LOGITS), ("other", LOGITS), ("wide", np.zeros((3, 5)))):
         np.save(f"{name}.npy", logits)
     np.save("targets.npy", TARGETS)
+    np.savez("data.npz", LOGITS)
     Path("targets").touch()
     assert refused(*arguments) == reason
 
 
 def test_a_bad_target_in_the_last_file_ends_the_run_before_the_first_row(shards, monkeypatch):
     np.save("shards/2/targets.npy", np.full(29, 4))
-    monkeypatch.setattr(pylogits, "score", lambda *arguments, **options: pytest.fail("a row was scored"))
+    monkeypatch.setattr(pylogits, "score", lambda logits, *rest, **options: len(logits) and pytest.fail("a row was scored"))
     assert refused(*shards, "--out", "out.npz") == "shards/2/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
@@ -387,14 +469,15 @@ def test_resume_after_a_stop(shards, monkeypatch):
     calls = []
 
     def stopping_score(logits, *arguments, **options):
-        calls.append(len(logits))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        if len(logits):  # without rows, the options are checked
+            calls.append(len(logits))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
         return whole_score(logits, *arguments, **options)
 
     monkeypatch.setattr(pylogits, "score", stopping_score)
     assert invoke(*shards, "--out", "scores").exit_code != 0
-    assert sorted(contents("scores")) == ["0-logits.json", "0-logits.parquet"]
+    assert sorted(contents("scores")) == ["0-logits.parquet", "0-logits.parquet.json"]
     summary = score(*shards, "--out", "scores", "--resume")
     assert calls == [20, 1, 1, 29]
     assert contents("scores") == contents("whole")
@@ -413,7 +496,7 @@ def test_resume_scores_again_what_has_changed(change, shards, monkeypatch):
         options += ["--top-k", 2]
         again = [20, 1, 29]
     elif change == "record":
-        os.truncate("scores/1-logits.json", 100)
+        os.truncate("scores/1-logits.parquet.json", 100)
     else:
         os.remove("scores/1-logits.parquet")
     whole_score = pylogits.score
@@ -424,7 +507,45 @@ def test_resume_scores_again_what_has_changed(change, shards, monkeypatch):
         lambda logits, *rest, **options: (calls.append(len(logits)), whole_score(logits, *rest, **options))[1],
     )
     score(*shards, *options)
-    assert calls == again
+    assert [rows for rows in calls if rows] == again
+
+
+def test_resume_tells_files_of_one_name_apart():
+    """Logits and targets of the same name, in folders of their own: each of them is looked at."""
+    for folder, array in (("logits", LOGITS), ("targets", TARGETS)):
+        Path(folder).mkdir()
+        np.save(f"{folder}/0.npy", array)
+    run = ("logits/0.npy", "--targets", "targets/0.npy", "--out", "scores", "--resume")
+    score(*run)
+    np.save("logits/0.npy", -LOGITS)
+    score(*run)
+    assert_scores("scores/0.parquet", -LOGITS, TARGETS)
+
+
+def test_resume_sees_a_changed_chunk_of_a_zarr_store():
+    save_zarr("data.zarr", LOGITS, TARGETS)
+    run = ("data.zarr", "--targets-name", "targets", "--out", "scores", "--resume")
+    score(*run)
+    pytest.importorskip("zarr").open_group("data.zarr")["logits"][:] = -LOGITS
+    score(*run)
+    assert_scores("scores/data.parquet", -LOGITS, TARGETS)
+
+
+def test_resume_in_another_format(shards):
+    """Scores of one format say nothing of those of another, which may be older."""
+    score(*shards, "--out", "scores")
+    np.save("shards/1/logits.npy", -LOGITS[20:21])
+    score(*shards, "--out", "scores", "--format", "csv")
+    score(*shards, "--out", "scores", "--resume")
+    assert_scores("scores/1-logits.parquet", -LOGITS[20:21], TARGETS[20:21])
+
+
+@pytest.mark.parametrize("record", ["5", "[{}]", "{}"])
+def test_resume_beside_a_file_that_is_no_record(record, shards):
+    score(*shards, "--out", "scores")
+    Path("scores/1-logits.parquet.json").write_text(record)
+    score(*shards, "--out", "scores", "--resume")
+    assert_scores("scores/1-logits.parquet", LOGITS[20:21], TARGETS[20:21])
 
 
 # ---- metrics ----
@@ -496,6 +617,15 @@ def test_rows_without_a_number():
     counted = count(logits, TARGETS)
     assert (counted.rows, counted.nan_rows, counted.bin_rows.sum(), counted.loss_rows.sum()) == (50, 1, 49, 49)
     assert np.isnan(counted.mean_loss)
+    assert len(counted.worst) == 20
+    assert not any(np.isnan(row[0]) for row in counted.worst)
+
+
+@pytest.mark.parametrize("row", [np.inf, -np.inf])
+def test_rows_of_infinities(row):
+    """No warning of their sums."""
+    counted = count(np.full((3, 4), row), np.zeros(3, np.int64))
+    assert (counted.nan_rows, counted.worst) == (3, [])
 
 
 def test_sums_survive_json_and_merging():
@@ -554,6 +684,35 @@ def test_no_best_temperature():
     assert line.startswith("logits.npy: no temperature minimises the loss: it still falls at ")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_temperature_of_rows_without_a_number(value):
+    np.save("logits.npy", np.vstack([LOGITS, np.full(4, value)]))
+    np.save("targets.npy", [*TARGETS, 0])
+    line = refused("logits.npy", "--targets", "targets.npy", "--temperature", "fit", "--out", "out.npz")
+    assert line == "logits.npy: no temperature minimises the loss: it is not finite"
+
+
+def test_a_bad_target_ends_the_fit():
+    np.save("logits.npy", LOGITS)
+    np.save("targets.npy", TARGETS + 1)
+    line = refused("logits.npy", "--targets", "targets.npy", "--temperature", "fit", "--out", "out.npz")
+    assert line == f"targets.npy: target 4 at row {(TARGETS == 3).argmax()} is outside [0, 4)"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_fitted_temperature_of_few_digits(dtype):
+    """The sums of the fit have the digits of float32: it is that of the same logits in float64."""
+    logits = (LOGITS + 2 * np.eye(4)[TARGETS]).astype(dtype)
+    np.save("logits.npy", logits)
+    np.save("wide.npy", logits.astype(np.float64))
+    np.save("targets.npy", TARGETS)
+    fitted = [
+        score(f"{name}.npy", "--targets", "targets.npy", "--temperature", "fit", "--out", "out.npz")["temperature"]
+        for name in ("logits", "wide")
+    ]
+    assert float(fitted[0]) == pytest.approx(float(fitted[1]), rel=3e-4)
+
+
 # ---- the report ----
 
 
@@ -566,6 +725,14 @@ def test_report(shards):
     for title in ("Reliability", "Confidence", "Loss", "Commonest confusions", "Rows of the largest losses", "Classes"):
         assert f"<h2>{title}</h2>" in page
     assert not re.search(r"(src|href)=", page)  # nothing is fetched from elsewhere
+
+
+def test_report_of_a_name_that_is_no_text():
+    name = os.fsdecode(b"\xff.npy")
+    np.save(name, LOGITS)
+    np.save("targets.npy", TARGETS)
+    score(name, "--targets", "targets.npy", "--report", "scores/report.html", "--out", "scores")
+    assert "<h1>?.npy</h1>" in Path("scores/report.html").read_text()
 
 
 def test_report_without_targets():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,16 @@ import numpy as np
 
 import pylogits
 from pylogits.batch.metrics import Metrics
-from pylogits.batch.readers import STANDARD_INPUT, FileError, Source, Targets, open_logits, open_source, standard_input
+from pylogits.batch.readers import (
+    STANDARD_INPUT,
+    Array,
+    FileError,
+    Source,
+    Targets,
+    open_logits,
+    open_source,
+    standard_input,
+)
 from pylogits.batch.writers import Chunks, Columns, replacing, write
 
 T = TypeVar("T")
@@ -62,7 +71,7 @@ class Part:
     @property
     def record(self) -> Path:
         """The file beside the scores that says what they are of."""
-        return self.out.with_suffix(".json") if self.out else Path()
+        return self.out.with_name(f"{self.out.name}.json") if self.out else Path()
 
 
 @contextmanager
@@ -97,15 +106,20 @@ def score_chunks(part: Part, options: Options, metrics: Metrics, done: Callable[
     with open_part(part, options) as (logits, targets):
         for chunk in ahead(logits.chunks(1)):
             labels = None if targets is None else targets.take(len(chunk))
-            try:
-                scores = pylogits.score(chunk, labels, top_k=options.top_k, temperature=options.temperature)
-            except ValueError as error:
-                raise FileError(part.logits, error) from None
+            scores = score_rows(part, options, chunk, labels)
             metrics.add(part.name, scores, chunk, labels, options.temperature)
             done(len(chunk))
             yield to_columns(scores, options.columns)
         if targets is not None:
             targets.finish()
+
+
+def score_rows(part: Part, options: Options, logits: Array, targets: Array | None) -> pylogits.Scores:
+    """Score a chunk of a part's rows."""
+    try:
+        return pylogits.score(logits, targets, top_k=options.top_k, temperature=options.temperature)
+    except (TypeError, ValueError) as error:
+        raise FileError(part.logits, error) from None
 
 
 def to_columns(scores: pylogits.Scores, names: tuple[str, ...] | None) -> Columns:
@@ -116,8 +130,16 @@ def to_columns(scores: pylogits.Scores, names: tuple[str, ...] | None) -> Column
     return {name: values for name, values in fields.items() if values is not None}
 
 
+def check_targets(part: Part, options: Options) -> None:
+    """Refuse bad targets of a part."""
+    with open_part(part, options) as (_, targets):
+        if targets is not None:
+            targets.check()
+
+
 def count_part(part: Part, options: Options) -> Metrics:
     """Count a part's rows without writing their scores."""
+    check_targets(part, options)
     metrics = Metrics(options.classes)
     for _ in score_chunks(part, options, metrics):
         pass
@@ -132,9 +154,7 @@ def score_part(part: Part, options: Options, resume: bool, done: Callable[[int],
         metrics = Metrics.from_json(record["metrics"])
         done(metrics.rows)
         return metrics
-    with open_part(part, options) as (_, targets):
-        if targets is not None:
-            targets.check()
+    check_targets(part, options)
     # The record is there only while it is of the scores that are.
     part.record.unlink(missing_ok=True)
     metrics = Metrics(options.classes)
@@ -159,11 +179,21 @@ def score_parts(
 
 def identify(part: Part, options: Options) -> dict[str, Any]:
     """Return what a part's scores are of, as JSON gives it back."""
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in (part.logits, part.targets) if path}
+    files = [stamp(path) for path in (part.logits, part.targets) if path]
     identity: dict[str, Any] = json.loads(
         json.dumps({"version": pylogits.__version__, "files": files, "options": asdict(options)})
     )
     return identity
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Return the name, size and time of a file; of a Zarr store, the sums of those of its files."""
+    size, time = 0, 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        status = file.stat()
+        size += status.st_size
+        time += status.st_mtime_ns
+    return path.name, size, time
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -172,31 +202,28 @@ def read_record(path: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return record if {"of", "metrics"} <= set(record) else None
+    return record if isinstance(record, dict) and {"of", "metrics"} <= set(record) else None
 
 
 def score_into(out: Path, parts: list[Part], options: Options, done: Callable[[int], None]) -> Metrics:
     """Score all parts into one file."""
     for part in parts:
-        with open_part(part, options) as (_, targets):
-            if targets is not None:
-                targets.check()
-    every = [Metrics(options.classes) for _ in parts]
+        check_targets(part, options)
+    total = Metrics(options.classes)
 
     def chunks() -> Chunks:
-        for part, metrics in zip(parts, every, strict=True):
+        for part in parts:
+            metrics = Metrics(options.classes)
             yield from score_chunks(part, options, metrics, done)
+            total.merge(metrics)
 
     write(out, ahead(chunks()))
-    return merged(every)
+    return total
 
 
 def merged(every: Iterable[Metrics]) -> Metrics:
     """Add up metrics in their order, so that the sums have the same bits whoever made them."""
-    first, *others = every
-    for other in others:
-        first.merge(other)
-    return first
+    return reduce(Metrics.merge, every)
 
 
 @dataclass(frozen=True)
@@ -209,13 +236,14 @@ class Survey:
 
 
 def survey(parts: list[Part], options: Options) -> Survey:
-    """Open every file once, before the first is scored: they must exist and fit together."""
+    """Open every file once, before the first is scored: they must exist and fit together, and the options fit them."""
     classes, rows, nbytes = 0, 0, 0
     for part in parts:
         with open_part(part, options) as (logits, _):
             if classes and logits.shape[-1] != classes:
                 raise FileError(part.logits, f"{logits.shape[-1]} classes, but {classes} in the files before it")
             classes = logits.shape[-1]
+            score_rows(part, options, np.empty((0, classes), logits.dtype), None)
             if part.logits == STANDARD_INPUT:
                 return Survey(classes, None, logits.row_bytes)
             rows += math.prod(logits.shape[:-1])
@@ -231,8 +259,9 @@ def loss_slope(part: Part, options: Options) -> float:
     slope = 0.0
     with open_part(part, options) as (logits, targets):
         assert targets is not None
-        for chunk in ahead(logits.chunks(1)):
-            labels = targets.take(len(chunk))
+        for rows in ahead(logits.chunks(1)):
+            labels = targets.take(len(rows))
+            chunk = rows.astype(np.result_type(rows, np.float32), copy=False)  # float16 has too few digits for a sum
             _, grad = pylogits.cross_entropy_value_and_grad(chunk, labels, temperature=options.temperature, reduction="sum")
             # The loss is a function of logits / temperature alone. A logit of -inf has the gradient 0, which counts as 0.
             products = np.multiply(grad, chunk, where=grad != 0, out=np.zeros_like(grad))
@@ -249,7 +278,10 @@ def fit_temperature(parts: list[Part], options: Options, each: Each[float]) -> f
 
     def slope(logarithm: float) -> float:
         at = replace(options, temperature=math.exp(logarithm))
-        return math.fsum(each(partial(loss_slope, options=at), parts))
+        total = math.fsum(each(partial(loss_slope, options=at), parts))
+        if not math.isfinite(total):
+            raise FileError(parts[0].logits, "no temperature minimises the loss: it is not finite")
+        return total
 
     low, at_low = 0.0, slope(0.0)
     if at_low == 0:

@@ -1,6 +1,7 @@
 """Files of logits and targets, read a chunk of rows at a time; the formats' own libraries take them apart."""
 
 import json
+import lzma
 import math
 import os
 import stat
@@ -38,8 +39,10 @@ READ_HEADER = {
     (3, 0): npy.read_array_header_2_0,
 }
 
-# What a damaged or shortened archive raises as it is read.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
+# What the formats' libraries raise of damaged files: the one of Arrow has subclasses of ValueError and others among these.
+DAMAGE = (
+    OSError, ValueError, MemoryError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+)  # fmt: skip
 
 SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "I64": "<i8", "I32": "<i4"} | {
     "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1"
@@ -60,7 +63,8 @@ class FileError(Exception):
         super().__init__(str(name), str(reason))
 
     def __str__(self) -> str:
-        return ": ".join(self.args)
+        text = ": ".join(self.args)
+        return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 @dataclass
@@ -149,7 +153,7 @@ class ByteArray(BlockSource):
             array = np.empty([len(ranges[axis]) for axis in order], (np.void, self.dtype.itemsize))
             if array.size:
                 self._fill(array, start, [self.strides[axis] for axis in order])
-        except (OSError, MemoryError, *DAMAGE) as error:
+        except DAMAGE as error:
             raise FileError(self.path, error) from None
         return array.view(self.dtype).transpose(np.argsort(order))
 
@@ -199,7 +203,7 @@ def open_npz(path: Path, name: str | None, role: str, stack: ExitStack) -> ByteA
         arrays = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
         member = arrays[pick(path, arrays, name, role)]
         return read_header(path, stack.enter_context(archive.open(member)), member.file_size)
-    except (OSError, NotImplementedError, RuntimeError, *DAMAGE) as error:
+    except (RuntimeError, *DAMAGE) as error:  # RuntimeError: a password is needed
         raise FileError(path, f"not a whole .npz file: {error}") from None
 
 
@@ -222,7 +226,7 @@ def read_header(path: Path, file: IO[bytes], size: int) -> ByteArray:
     except OSError as error:
         raise FileError(path, error) from None
     except Exception as error:  # a damaged header raises anything: TokenError, TypeError, ...
-        raise FileError(path, f"not a whole .npy file: {shorten(str(error), 200)}") from None
+        raise FileError(path, f"not a whole .npy file: {shorten(str(error) or 'damaged header', 200)}") from None
     return array
 
 
@@ -265,6 +269,9 @@ class ZarrArray(BlockSource):
 
     def chunks(self, inner: int) -> Iterator[Array]:
         """Read chunks of whole chunks of the store, so that none is decompressed twice."""
+        if len(self.shape) == inner:  # one row
+            yield from super().chunks(inner)
+            return
         step = self.array.chunks[0] * max(
             CHUNK_BYTES // (self.array.chunks[0] * math.prod(self.shape[1:]) * self.dtype.itemsize), 1
         )
@@ -278,7 +285,8 @@ def open_zarr(path: Path, name: str | None, role: str, stack: ExitStack) -> Zarr
     try:
         node = zarr.open(path, mode="r")
         if isinstance(node, zarr.Group):
-            node = node[pick(path, dict(node.arrays()), name, role)]
+            arrays = {key: member for key, member in node.members(max_depth=None) if isinstance(member, zarr.Array)}
+            node = arrays[pick(path, arrays, name, role)]
     except FileError:
         raise
     except Exception as error:
@@ -308,7 +316,7 @@ class ArrowTable(Source):
                 chunk = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
                 row += len(batch)
                 yield chunk.reshape(len(batch), *self.shape[1:])
-        except OSError as error:
+        except DAMAGE as error:
             raise FileError(self.path, error) from None
         if not row:
             yield np.empty((0, *self.shape[1:]), self.dtype)
@@ -329,17 +337,41 @@ class ArrowTable(Source):
         return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
-def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> ArrowTable:
-    """Open columns of a Parquet or Arrow IPC file."""
-    import pyarrow as pa
-    from pyarrow import dataset as ds
+def is_list(kind: Any) -> bool:
+    """Tell whether a column of this Arrow type holds several numbers a row."""
     from pyarrow import types
 
-    def is_list(field: Any) -> bool:
-        return bool(types.is_list(field.type) or types.is_large_list(field.type) or types.is_fixed_size_list(field.type))
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
-    def is_number(kind: Any) -> bool:
-        return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind))
+
+def is_number(kind: Any) -> bool:
+    """Tell whether an Arrow type is of numbers that logits or targets can be."""
+    from pyarrow import types
+
+    return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind))
+
+
+def pick_columns(path: Path, schema: Any, name: str | None, role: str) -> list[str]:
+    """Return the names of the columns of a role."""
+    from pyarrow import types
+
+    lists = [field.name for field in schema if is_list(field.type)]
+    if role == "targets":
+        return [pick(path, [field.name for field in schema if types.is_integer(field.type)], name, role)]
+    if name is not None:
+        columns = [field.name for field in schema if fnmatchcase(field.name, name)]
+    elif lists:
+        columns = [pick(path, lists, name, role)]
+    else:
+        columns = [field.name for field in schema if types.is_floating(field.type)]
+    if not columns:
+        raise FileError(path, f"no column of {role}{f' is named {name}' if name else ''}")
+    return columns
+
+
+def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> ArrowTable:
+    """Open columns of a Parquet or Arrow IPC file."""
+    from pyarrow import dataset as ds
 
     open_file(path).close()  # for one kind of message about files that can't be opened
     options = ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
@@ -347,28 +379,20 @@ def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> Arr
     try:
         table = ds.dataset(path, format=formats.get(path.suffix, "ipc"))
         rows = table.count_rows()
-        lists = [field.name for field in table.schema if is_list(field)]
-        if role == "targets":
-            columns = [pick(path, [field.name for field in table.schema if types.is_integer(field.type)], name, role)]
-        elif name is not None:
-            columns = [field.name for field in table.schema if fnmatchcase(field.name, name)]
-        elif lists:
-            columns = [pick(path, lists, name, role)]
-        else:
-            columns = [field.name for field in table.schema if types.is_floating(field.type)]
-        if not columns:
-            raise FileError(path, f"no column of {role}{f' is named {name}' if name else ''}")
+        columns = pick_columns(path, table.schema, name, role)
         kinds = [table.schema.field(column).type for column in columns]
         shape: tuple[int, ...] = (rows,) if role == "targets" else (rows, len(columns))
-        if len(columns) == 1 and is_list(table.schema.field(columns[0])):
+        if len(columns) == 1 and is_list(kinds[0]):
             first = table.head(1, columns=columns).column(0)
-            width = getattr(kinds[0], "list_size", None) or (len(first[0]) if len(first) and first[0].is_valid else 0)
+            if first.null_count:
+                raise FileError(path, f"values are missing in column {columns[0]} from row 0 on")
+            width = getattr(kinds[0], "list_size", None) or (len(first[0]) if rows else 0)
             shape, kinds = (rows, width), [kinds[0].value_type]
         for column, kind in zip(columns, kinds, strict=True):
             if not is_number(kind):
                 raise FileError(path, f"{role} must be real numbers, which column {column} of {kind} are not")
         dtype = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
-    except (OSError, pa.ArrowInvalid) as error:
+    except DAMAGE as error:
         raise FileError(path, f"not a whole {path.suffix} file: {shorten(str(error), 200)}") from None
     return ArrowTable(path, dtype, shape, table, columns)
 
@@ -452,8 +476,7 @@ def open_logits(path: Path, name: str | None = None, axis: int = -1) -> Iterator
     with open_source(path, name, "logits") as logits:
         if logits.dtype == np.dtype("V2"):  # how bfloat16 comes back from a .npy file
             logits.dtype = BFLOAT16
-        elif (logits.dtype.kind not in "fiub" and logits.dtype != BFLOAT16) or logits.dtype.itemsize > 8:
-            raise FileError(path, f"logits must be real numbers of at most 64 bits, not {logits.dtype}")
+        check_dtype(path, logits.dtype)
         if not -len(logits.shape) <= axis < len(logits.shape):
             raise FileError(path, f"no axis {axis} in logits of shape {logits.shape}")
         if logits.shape[axis] == 0:
@@ -477,6 +500,8 @@ def standard_input(dtype: str, classes: int) -> RawStream:
     check_dtype("standard input", number)
     if not classes:
         raise FileError("--classes", "standard input needs the number of classes")
+    if sys.stdin is None:
+        raise FileError("standard input", "is closed")
     return RawStream(STANDARD_INPUT, number, (-1, classes), sys.stdin.buffer)
 
 
