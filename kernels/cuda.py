@@ -81,6 +81,9 @@ def constants_of(name):
 Plan = namedtuple("Plan", "tile pitch strided logits_whole other_whole out_whole")
 Cap = namedtuple("Cap", "softcap inverse inverse_lo lowest")
 LossNumbers = namedtuple("LossNumbers", "inverse inverse_lo label_smoothing z_loss scale scale_lo")
+LossOptions = namedtuple(
+    "LossOptions", "where probabilities labels ignore_index weight sample_weight loss_grad inverse cap", defaults=[None] * 9
+)
 
 Row = namedtuple("Row", "outer inner there lane lanes seat start other")
 Sums = namedtuple("Sums", "mass mass_lo dot dot_lo")  # of q and q (maximum - x)
@@ -692,30 +695,42 @@ def is_ignored(label, ignore_index):
 
 
 @device
-def cross_entropy(
-    k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
-    losses, grad, tile, room,
-):  # fmt: skip
-    """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
-    row = place(plan, x)
-    t = numbers.inverse, numbers.inverse_lo
-    g = gather(k, plan, row, x, probabilities, where, weight, cap, t, numbers.label_smoothing != k.zero, tile, room)
-    f = finish(k, g)
-    nothing, label, targets, scale = g.count == k.zero, -1, g.targets, (k.one, k.zero)
-    bad = status[0] != 0
-    if inverse is not None:
-        scale = inverse[0], inverse[1]
-    if labels is not None:
+def label_at(row, labels, ignore_index):
+    """The label of a row, and whether it is ignored; -1 where there are none."""
+    if labels is None:
+        return -1, False
+    else:
         label = np.int64(labels[row.outer, row.inner])
-        nothing = nothing or is_ignored(label, ignore_index)
-        if not (nothing or bad) and row.there:
-            targets = of_label(k, row, x, weight, cap, label, g.maximum if finite(k, g.maximum) else k.zero)
-    loss = close_loss(k, numbers, g, f, t, targets, of_row(k, sample_weight, row), of_row(k, loss_grad, row), scale)
+        return label, is_ignored(label, ignore_index)
+
+
+@device
+def pair_in(k, array):
+    if array is None:
+        return k.one, k.zero
+    else:
+        return array[0], array[1]
+
+
+@device
+def cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room):
+    """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
+    row, o = place(plan, x), options
+    t, spread = (numbers.inverse, numbers.inverse_lo), numbers.label_smoothing != k.zero
+    g = gather(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, spread, tile, room)
+    f = finish(k, g)
+    bad, targets = status[0] != 0, g.targets
+    label, ignored = label_at(row, o.labels, o.ignore_index)
+    nothing = ignored or g.count == k.zero
+    if label >= 0 and row.there and not nothing and not bad:
+        targets = of_label(k, row, x, o.weight, o.cap, label, g.maximum if finite(k, g.maximum) else k.zero)
+    inverse = pair_in(k, o.inverse)
+    loss = close_loss(k, numbers, g, f, t, targets, of_row(k, o.sample_weight, row), of_row(k, o.loss_grad, row), inverse)
     if row.there and row.lane == 0 and not bad:
         losses[row.outer, row.inner] = k.zero if nothing else loss[0]
     if grad is not None and not bad:
-        nothing = nothing or scale[0] == k.zero
-        write_slopes(k, plan, row, x, probabilities, where, weight, cap, t, g, loss, label, nothing, grad, tile)
+        nothing = nothing or inverse[0] == k.zero
+        write_slopes(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, g, loss, label, nothing, grad, tile)
 
 
 @device
@@ -988,16 +1003,10 @@ def kernels_of(name):
         selective_log_softmax(k, plan, x, indices, t, status, out, tile, room)
 
     @kernel
-    def cross_entropy_kernel(
-        plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
-        losses, grad,
-    ):  # fmt: skip
+    def cross_entropy_kernel(plan, numbers, x, options, status, losses, grad):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        cross_entropy(
-            k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap,
-            status, losses, grad, tile, room,
-        )  # fmt: skip
+        cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room)
 
     @kernel
     def backward_kernel(plan, p, grad, log, out):
@@ -1006,13 +1015,10 @@ def kernels_of(name):
         backward(k, plan, p, grad, log, out, tile, room)
 
     @kernel
-    def score_kernel(
-        plan, x, labels, t, status, prediction, confidence, entropy, logsumexp, best, chances, losses, correct
-    ):  # fmt: skip
+    def score_kernel(plan, x, labels, t, status, outputs):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         seats = cuda.shared.array(THREADS, types.int64)
-        outputs = prediction, confidence, entropy, logsumexp, best, chances, losses, correct
         score(k, plan, x, labels, t, status, outputs, tile, room, seats)
 
     return SimpleNamespace(
