@@ -44,7 +44,7 @@ def signatures(dtype):
 
     full, rows, ones, status = array(element, 3), array(real, 2), array(real, 1), array(types.int32, 1)
     mask, labels, picks = array(yes, 3), array(integer, 2), array(integer, 3)
-    plan = types.NamedTuple([integer, integer, yes, yes, yes, yes], kernels.Plan)
+    plan = types.NamedTuple([integer] * 2 + [yes] * 4, kernels.Plan)
     numbers, pair = types.NamedUniTuple(real, 6, kernels.LossNumbers), types.UniTuple(real, 2)
     cap = types.NamedUniTuple(real, 4, kernels.Cap)
     scores = types.NamedTuple([labels, rows, rows, rows, picks, array(real, 3), rows, array(yes, 2)], Scores)
