@@ -17,6 +17,8 @@ from unittest.mock import patch
 from numba import cuda, types
 from pylogits.kernels import cuda as kernels
 
+from pylogits import Scores
+
 ARCHITECTURES = (80, 90, 100)  # as in sm_90
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -42,28 +44,29 @@ def signatures(dtype):
 
     full, rows, ones, status = array(element, 3), array(real, 2), array(real, 1), array(types.int32, 1)
     mask, labels, picks = array(yes, 3), array(integer, 2), array(integer, 3)
-    plan = types.NamedTuple([integer, integer, yes, yes, yes, yes], kernels.Plan)
+    plan = types.NamedTuple([integer] * 2 + [yes] * 4, kernels.Plan)
     numbers, pair = types.NamedUniTuple(real, 6, kernels.LossNumbers), types.UniTuple(real, 2)
     cap = types.NamedUniTuple(real, 4, kernels.Cap)
-    scores = labels, rows, rows, rows, picks, array(real, 3), rows, array(yes, 2)
+    scores = types.NamedTuple([labels, rows, rows, rows, picks, array(real, 3), rows, array(yes, 2)], Scores)
+
+    def options(**given):
+        return types.NamedTuple([given.get(name, no) for name in kernels.LossOptions._fields], kernels.LossOptions)
+
+    few = options(labels=labels)
+    many = {"where": mask, "weight": ones, "sample_weight": rows, "loss_grad": rows, "inverse": ones, "cap": cap}
+    hard, soft = options(labels=labels, ignore_index=integer, **many), options(probabilities=full, **many)
     of = kernels.kernels_of(dtype)
     return {
         "softmax": (of.softmax, (plan, full, no, pair, yes, full, no)),
         "softmax, where": (of.softmax, (plan, full, mask, pair, yes, full, no)),
         "softmax, sums": (of.softmax, (plan, full, no, pair, yes, no, rows)),
         "selective_log_softmax": (of.selective_log_softmax, (plan, full, picks, pair, status, full)),
-        "cross_entropy": (of.cross_entropy, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, no)),
-        "cross_entropy, grad": (of.cross_entropy, (plan, numbers, full, no, no, labels, *[no] * 6, status, rows, full)),
-        "cross_entropy, hard, all options": (
-            of.cross_entropy,
-            (plan, numbers, full, mask, no, labels, integer, ones, rows, rows, ones, cap, status, rows, full),
-        ),
-        "cross_entropy, soft, all options": (
-            of.cross_entropy,
-            (plan, numbers, full, mask, full, no, no, ones, rows, rows, ones, cap, status, rows, full),
-        ),
+        "cross_entropy": (of.cross_entropy, (plan, numbers, full, few, status, rows, no)),
+        "cross_entropy, grad": (of.cross_entropy, (plan, numbers, full, few, status, rows, full)),
+        "cross_entropy, hard, all options": (of.cross_entropy, (plan, numbers, full, hard, status, rows, full)),
+        "cross_entropy, soft, all options": (of.cross_entropy, (plan, numbers, full, soft, status, rows, full)),
         "backward": (of.backward, (plan, full, full, yes, full)),
-        "score": (of.score, (plan, full, labels, pair, status, *scores)),
+        "score": (of.score, (plan, full, labels, pair, status, scores)),
     }
 
 

@@ -22,65 +22,21 @@ from numba import cuda, types
 from numba.cuda import cgutils
 from numba.cuda.cudadrv import nvvm
 from numba.cuda.extending import intrinsic, overload
+from pylogits.kernels.cpu import _F32, _F64
 
 THREADS = 256  # of a block, at most: the size of the room that lanes are joined in
 ROOM = 2 * THREADS  # of numbers: a pair a thread
 ROWS = 4096  # whose numbers one block adds
 VECTOR_BYTES = 16  # the widest access
 
-# ---- constants ----
-
-Constants = namedtuple(
-    "Constants",
-    "zero one two half infinity forty most exp_lowest exp_scale round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail per",
-)
-
-
-def _constants(real, itemsize, exp_lowest, exp_scale, round_shift, ln2, exp_tail, atanh_terms):
-    def numbers(text):
-        return tuple(real(float.fromhex(number)) for number in text.split())
-
-    return Constants(
-        *map(real, (0, 1, 2, 0.5, np.inf, 40, np.finfo(real).max, exp_lowest, exp_scale, round_shift)),
-        *numbers(ln2),
-        exp_tail=numbers(exp_tail),
-        atanh_tail=tuple(real(2) / real(n) for n in range(2 * atanh_terms + 1, 1, -2)),
-        per=VECTOR_BYTES // itemsize,
-    )
-
-
-def constants_of(name):
-    """Those that rows of a dtype are computed with: halves in float32."""
-    if name == "float64":
-        return _constants(
-            np.float64,
-            8,
-            exp_lowest=-1063,
-            exp_scale=2.0**512,
-            round_shift=1.5 * 2**52 + 1023 + 512,
-            ln2="0x1.71547652b82fep+0 0x1.62e42ffp-1 -0x1.718432a1b0e26p-35",
-            exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 "
-            "0x1.71ddffef9e7b1p-19 0x1.a01a01a741b3cp-16 0x1.a01a01aca0134p-13 0x1.6c16c16c16212p-10 "
-            "0x1.111111110ff87p-7 0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
-            atanh_terms=11,
-        )
-    return _constants(
-        np.float32,
-        4 if name == "float32" else 2,
-        exp_lowest=-131,
-        exp_scale=2.0**64,
-        round_shift=1.5 * 2**23 + 127 + 64,
-        ln2="0x1.715476p+0 0x1.62ep-1 0x1.0bfbe8p-15",
-        exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
-        atanh_terms=5,
-    )
-
-
-# What a kernel is told beside arrays. Plan: elements of a tile, and between the tiles of two rows of a block; whether the class
-# axis is strided; and which of the logits, their companion and the output lie so that 16 bytes are moved at once.
+# What a kernel is told beside arrays. Plan: elements of a tile, and between the tiles of two rows; whether the class axis is
+# strided; and which of the logits, their companion and the output lie so that 16 bytes are moved at once.
 Plan = namedtuple("Plan", "tile pitch strided logits_whole other_whole out_whole")
 Cap = namedtuple("Cap", "softcap inverse inverse_lo lowest")
 LossNumbers = namedtuple("LossNumbers", "inverse inverse_lo label_smoothing z_loss scale scale_lo")
+LossOptions = namedtuple(
+    "LossOptions", "where probabilities labels ignore_index weight sample_weight loss_grad inverse cap", defaults=[None] * 9
+)
 
 Row = namedtuple("Row", "outer inner there lane lanes seat start other")
 Sums = namedtuple("Sums", "mass mass_lo dot dot_lo")  # of q and q (maximum - x)
@@ -370,30 +326,32 @@ def length(plan, row, classes, first):
 
 
 @device
-def load(k, tile, at, whole, x, row, first, n):
+def load(tile, at, whole, x, row, first, n):
     """The tile that begins at class `first` into shared memory."""
-    done = n // k.per * k.per if whole else 0
-    for c in range(row.lane * k.per, done, row.lanes * k.per):
+    per = VECTOR_BYTES // tile.itemsize
+    done = n // per * per if whole else 0
+    for c in range(row.lane * per, done, row.lanes * per):
         copy_vector(tile, at + c, x, (row.outer, first + c, row.inner))
     for c in range(done + row.lane, n, row.lanes):
         tile[at + c] = x[row.outer, first + c, row.inner]
 
 
 @device
-def store(k, tile, at, whole, x, row, first, n):
-    done = n // k.per * k.per if whole else 0
-    for c in range(row.lane * k.per, done, row.lanes * k.per):
+def store(tile, at, whole, x, row, first, n):
+    per = VECTOR_BYTES // tile.itemsize
+    done = n // per * per if whole else 0
+    for c in range(row.lane * per, done, row.lanes * per):
         copy_vector(x, (row.outer, first + c, row.inner), tile, at + c)
     for c in range(done + row.lane, n, row.lanes):
         x[row.outer, first + c, row.inner] = tile[at + c]
 
 
 @device
-def load_both(k, plan, tile, row, x, other, first, n):
+def load_both(plan, tile, row, x, other, first, n):
     """A tile of the logits and, where there is one, of the array beside them."""
-    load(k, tile, row.start, plan.logits_whole, x, row, first, n)
+    load(tile, row.start, plan.logits_whole, x, row, first, n)
     if other is not None:
-        load(k, tile, row.other, plan.other_whole, other, row, first, n)
+        load(tile, row.other, plan.other_whole, other, row, first, n)
     cuda.syncthreads()
 
 
@@ -508,7 +466,7 @@ def gather(k, plan, row, x, other, where, weight, cap, t, spread, tile, room):
     classes = x.shape[1]
     for first in range(0, classes, plan.tile):
         n = length(plan, row, classes, first)
-        load_both(k, plan, tile, row, x, other, first, n)
+        load_both(plan, tile, row, x, other, first, n)
         largest = maximum
         for c in range(row.lane, n, row.lanes):
             value = logit(k, tile, row.start + c, cap)
@@ -598,7 +556,7 @@ def softmax(k, plan, x, where, t, log, out, sums, tile, room):
         for first in range(last, -1, -plan.tile):
             n = length(plan, row, x.shape[1], first)
             if first < last:  # the last tile is still there
-                load_both(k, plan, tile, row, x, None, first, n)
+                load_both(plan, tile, row, x, None, first, n)
             for c in range(row.lane, n, row.lanes):
                 value = widen(k, tile[row.start + c])
                 if kept(where, row, first + c):
@@ -607,7 +565,7 @@ def softmax(k, plan, x, where, t, log, out, sums, tile, room):
                     value = -k.infinity if log else k.zero
                 put(tile, row.start + c, value)
             cuda.syncthreads()
-            store(k, tile, row.start, plan.out_whole, out, row, first, n)
+            store(tile, row.start, plan.out_whole, out, row, first, n)
             cuda.syncthreads()
 
 
@@ -656,7 +614,7 @@ def write_slopes(k, plan, row, x, probabilities, where, weight, cap, t, g, loss,
     for first in range(last, -1, -plan.tile):
         n = length(plan, row, x.shape[1], first)
         if first < last:
-            load_both(k, plan, tile, row, x, probabilities, first, n)
+            load_both(plan, tile, row, x, probabilities, first, n)
         for c in range(row.lane, n, row.lanes):
             value, slope = widen(k, tile[row.start + c]), k.one
             if cap is not None:
@@ -670,7 +628,7 @@ def write_slopes(k, plan, row, x, probabilities, where, weight, cap, t, g, loss,
             value = cuda.fma(e, factor[0], cuda.fma(e, factor[1], -minus)) * slope
             put(tile, row.start + c, k.zero if nothing or not kept(where, row, first + c) else value)
         cuda.syncthreads()
-        store(k, tile, row.start, plan.out_whole, grad, row, first, n)
+        store(tile, row.start, plan.out_whole, grad, row, first, n)
         cuda.syncthreads()
 
 
@@ -692,30 +650,42 @@ def is_ignored(label, ignore_index):
 
 
 @device
-def cross_entropy(
-    k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
-    losses, grad, tile, room,
-):  # fmt: skip
-    """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
-    row = place(plan, x)
-    t = numbers.inverse, numbers.inverse_lo
-    g = gather(k, plan, row, x, probabilities, where, weight, cap, t, numbers.label_smoothing != k.zero, tile, room)
-    f = finish(k, g)
-    nothing, label, targets, scale = g.count == k.zero, -1, g.targets, (k.one, k.zero)
-    bad = status[0] != 0
-    if inverse is not None:
-        scale = inverse[0], inverse[1]
-    if labels is not None:
+def label_at(row, labels, ignore_index):
+    """The label of a row, and whether it is ignored; -1 where there are none."""
+    if labels is None:
+        return -1, False
+    else:
         label = np.int64(labels[row.outer, row.inner])
-        nothing = nothing or is_ignored(label, ignore_index)
-        if not (nothing or bad) and row.there:
-            targets = of_label(k, row, x, weight, cap, label, g.maximum if finite(k, g.maximum) else k.zero)
-    loss = close_loss(k, numbers, g, f, t, targets, of_row(k, sample_weight, row), of_row(k, loss_grad, row), scale)
+        return label, is_ignored(label, ignore_index)
+
+
+@device
+def pair_in(k, array):
+    if array is None:
+        return k.one, k.zero
+    else:
+        return array[0], array[1]
+
+
+@device
+def cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room):
+    """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
+    row, o = place(plan, x), options
+    t, spread = (numbers.inverse, numbers.inverse_lo), numbers.label_smoothing != k.zero
+    g = gather(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, spread, tile, room)
+    f = finish(k, g)
+    bad, targets = status[0] != 0, g.targets
+    label, ignored = label_at(row, o.labels, o.ignore_index)
+    nothing = ignored or g.count == k.zero
+    if label >= 0 and row.there and not nothing and not bad:
+        targets = of_label(k, row, x, o.weight, o.cap, label, g.maximum if finite(k, g.maximum) else k.zero)
+    inverse = pair_in(k, o.inverse)
+    loss = close_loss(k, numbers, g, f, t, targets, of_row(k, o.sample_weight, row), of_row(k, o.loss_grad, row), inverse)
     if row.there and row.lane == 0 and not bad:
         losses[row.outer, row.inner] = k.zero if nothing else loss[0]
     if grad is not None and not bad:
-        nothing = nothing or scale[0] == k.zero
-        write_slopes(k, plan, row, x, probabilities, where, weight, cap, t, g, loss, label, nothing, grad, tile)
+        nothing = nothing or inverse[0] == k.zero
+        write_slopes(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, g, loss, label, nothing, grad, tile)
 
 
 @device
@@ -725,7 +695,7 @@ def backward(k, plan, p, grad, log, out, tile, room):
     sums = k.zero, k.zero
     for first in range(0, p.shape[1], plan.tile):
         n = length(plan, row, p.shape[1], first)
-        load_both(k, plan, tile, row, p, grad, first, n)
+        load_both(plan, tile, row, p, grad, first, n)
         for c in range(row.lane, n, row.lanes):
             g, at = widen(k, tile[row.other + c]), k.one if log else widen(k, tile[row.start + c])
             product = mul(g, at)
@@ -737,7 +707,7 @@ def backward(k, plan, p, grad, log, out, tile, room):
     for first in range(last, -1, -plan.tile):
         n = length(plan, row, p.shape[1], first)
         if first < last:
-            load_both(k, plan, tile, row, p, grad, first, n)
+            load_both(plan, tile, row, p, grad, first, n)
         for c in range(row.lane, n, row.lanes):
             at, g = widen(k, tile[row.start + c]), widen(k, tile[row.other + c])
             if log:
@@ -748,7 +718,7 @@ def backward(k, plan, p, grad, log, out, tile, room):
                 value = at * (difference + (rest - lo))
             put(tile, row.start + c, value)
         cuda.syncthreads()
-        store(k, tile, row.start, plan.out_whole, out, row, first, n)
+        store(tile, row.start, plan.out_whole, out, row, first, n)
         cuda.syncthreads()
 
 
@@ -773,7 +743,7 @@ def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
     for first in range(0, classes, plan.tile):
         n = length(plan, row, classes, first)
         if classes > plan.tile:
-            load_both(k, plan, tile, row, x, None, first, n)
+            load_both(plan, tile, row, x, None, first, n)
         for c in range(row.lane, n, row.lanes):
             value = widen(k, tile[row.start + c])
             hi, lo = exponent(value, g.maximum, t)
@@ -808,7 +778,7 @@ def next_best(k, plan, row, x, last_value, last, tile, room, seats):
     for first in range(0, classes, plan.tile):
         n = length(plan, row, classes, first)
         if classes > plan.tile:
-            load_both(k, plan, tile, row, x, None, first, n)
+            load_both(plan, tile, row, x, None, first, n)
         for c in range(row.lane, n, row.lanes):
             value = widen(k, tile[row.start + c])
             behind = last < 0 or is_before(last_value, last, value, first + c)
@@ -971,8 +941,7 @@ def reduce_total(partial, known, denominator, mean, result, status):
 @cache
 def kernels_of(name):
     """Those for rows of a dtype: an operation above each, with its shared memory."""
-    k = constants_of(name)
-    real = types.float64 if name == "float64" else types.float32
+    k, real = (_F64, types.float64) if name == "float64" else (_F32, types.float32)
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(name, real)
 
     @kernel
@@ -988,16 +957,10 @@ def kernels_of(name):
         selective_log_softmax(k, plan, x, indices, t, status, out, tile, room)
 
     @kernel
-    def cross_entropy_kernel(
-        plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap, status,
-        losses, grad,
-    ):  # fmt: skip
+    def cross_entropy_kernel(plan, numbers, x, options, status, losses, grad):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        cross_entropy(
-            k, plan, numbers, x, where, probabilities, labels, ignore_index, weight, sample_weight, loss_grad, inverse, cap,
-            status, losses, grad, tile, room,
-        )  # fmt: skip
+        cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room)
 
     @kernel
     def backward_kernel(plan, p, grad, log, out):
@@ -1006,13 +969,10 @@ def kernels_of(name):
         backward(k, plan, p, grad, log, out, tile, room)
 
     @kernel
-    def score_kernel(
-        plan, x, labels, t, status, prediction, confidence, entropy, logsumexp, best, chances, losses, correct
-    ):  # fmt: skip
+    def score_kernel(plan, x, labels, t, status, outputs):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         seats = cuda.shared.array(THREADS, types.int64)
-        outputs = prediction, confidence, entropy, logsumexp, best, chances, losses, correct
         score(k, plan, x, labels, t, status, outputs, tile, room, seats)
 
     return SimpleNamespace(

@@ -75,9 +75,10 @@ def _stream(owner: Any) -> Any:
 
 
 def _argument(value: Any) -> Any:
+    """As a kernel takes it."""
     if isinstance(value, DeviceArray):
         return cuda.as_cuda_array(value.view(_storage(value.dtype)), sync=False)
-    return value
+    return value._make(map(_argument, value)) if hasattr(value, "_make") else value
 
 
 def _launch(kernel: Any, owner: Any, grid: int, block: tuple[int, int], shared: int, *arguments: Any) -> None:
@@ -195,7 +196,7 @@ def score(logits: DeviceArray, targets: DeviceArray | None, temperature: float, 
     if targets is not None:
         status.check_labels(targets[:, None], logits.shape[1], None, None)
     inverse = _inverse(temperature, logits.dtype)
-    _launch_rows("score", logits, None, None, logits, targets, inverse, status.words, *scores)
+    _launch_rows("score", logits, None, None, logits, targets, inverse, status.words, scores)
     return status
 
 
@@ -253,10 +254,10 @@ def cross_entropy(
         *_inverse(1.0 if options.softcap else options.temperature, dtype),
         *_numbers(dtype, options.label_smoothing, options.z_loss, *options.scale),
     )
-    _launch_rows(
-        "cross_entropy", logits, probabilities, grad, numbers, logits, where, probabilities, labels, options.ignore_index,
-        weight, sample_weight, loss_grad, inverse, _cap(options, dtype), status.words, losses, grad,
-    )  # fmt: skip
+    given = kernels.LossOptions(
+        where, probabilities, labels, options.ignore_index, weight, sample_weight, loss_grad, inverse, _cap(options, dtype)
+    )
+    _launch_rows("cross_entropy", logits, probabilities, grad, numbers, logits, given, status.words, losses, grad)
     if reduction.result is not None:
         partial = _sum_rows(kernels.sum_losses, losses, losses)
         closing = partial, reduction.denominator or 0.0, denominator, reduction.mean, reduction.result, status.words

@@ -88,8 +88,7 @@ def test_the_simulator_computes_as_a_gpu_does():
     assert cuda_simulator.fma(None, one + real(2**-12), one + real(2**-12), real(-1 - 2**-11)) == 2.0**-24
     assert cuda_simulator.mul(one + real(2**-12), one + real(2**-12)) == 1 + 2.0**-11
     assert [cuda_simulator.power_of(real(x)) for x in (1, 1.41, 1.42, 2**20 + 1)] == [0, 0, 1, 20]
-    k = kernels.constants_of("float32")
-    assert cuda_simulator.scale_of(k.round_shift - real(3)) == 2.0**-3 * k.exp_scale
+    assert cuda_simulator.scale_of(kernels._F32.round_shift - real(3)) == 2.0**-3 * kernels._F32.exp_scale
     halves = np.arange(16, dtype=np.float16)
     copied = np.zeros((1, 24, 1), np.float16)
     cuda_simulator.copy_vector(copied, (0, 8, 0), halves, 4)
