@@ -27,7 +27,7 @@ run: $(VENV)/installed  ## score the digits logits in examples/ and show the wor
 
 .PHONY: test
 test: $(VENV)/installed  ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: fuzz
 fuzz: $(VENV)/installed  ## a million hostile calls of every public function
