@@ -863,6 +863,11 @@ def test_an_error_on_a_worker_is_one_line(shards):
     assert done.stderr.splitlines()[-1] == "error: shards/1/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
+def test_an_address_of_no_kind(shards):
+    pytest.importorskip("distributed")
+    assert refused(*shards, "--out", "shared", "--scheduler", "no://one").startswith("no://one: no Dask scheduler there: ")
+
+
 def test_no_scheduler(shards):
     dask = pytest.importorskip("dask")
     pytest.importorskip("distributed")

@@ -62,7 +62,7 @@ def on_workers(count: int, address: str | None) -> Iterator[Each[Any]]:
                 )
         try:
             client = stack.enter_context(Client(address, set_as_default=False))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise FileError(address, f"no Dask scheduler there: {error}") from None
 
         def each(function: Callable[[Part], T], parts: list[Part]) -> Iterable[T]:
