@@ -823,6 +823,26 @@ def test_a_killed_worker_costs_nothing_but_time():
     assert left == contents("alone")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_with_workers_is_stopped(number, code):
+    """To a terminal's Ctrl-C the workers belong as well. Nothing is said, and no temporary file or process is left."""
+    pytest.importorskip("distributed")
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**24, 2**10)}
+    with open("logits.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2**36)
+    command = (*COMMAND, "logits.npy", "--out", "scores", "--workers", "1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        while not list(Path().glob("scores/.pylogits-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        assert process.communicate(timeout=60) == (b"", b"")  # only once no process holds the pipes any more
+    assert process.returncode == code
+    assert os.listdir("scores") == []
+
+
 def writers_below(folder):
     """The processes that have a file open in a folder."""
     while True:
@@ -841,6 +861,11 @@ def test_an_error_on_a_worker_is_one_line(shards):
     done = subprocess.run((*COMMAND, *shards, "--out", "shared", "--workers", "2"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: shards/1/targets.npy: target 4 at row 0 is outside [0, 4)"
+
+
+def test_an_address_of_no_kind(shards):
+    pytest.importorskip("distributed")
+    assert refused(*shards, "--out", "shared", "--scheduler", "no://one").startswith("no://one: no Dask scheduler there: ")
 
 
 def test_no_scheduler(shards):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -421,16 +422,28 @@ def test_memory_is_bounded(suffix):
     with open("large.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + 2**29)
+    assert peak_memory("large.npy", f"out.{suffix}") - peak_memory("small.npy", f"out.{suffix}") < 2**28
+
+
+def peak_memory(logits, out):
+    """The most bytes that a run holds."""
     program = (
         "import resource, sys; from pylogits.cli import app; app(standalone_mode=False);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    peak = {}
-    for name in ("small", "large"):
-        command = [sys.executable, "-c", program, "score", f"{name}.npy", "--out", f"out.{suffix}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak[name] = int(done.stdout.splitlines()[-1]) * 2**10
-    assert peak["large"] - peak["small"] < 2**28
+    command = [sys.executable, "-c", program, "score", logits, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1]) * 2**10
+
+
+def test_memory_of_large_row_groups():
+    """A Parquet file of 160 MB in four groups of rows."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.random.default_rng(0).normal(size=10**7).astype(np.float32)), 1000)
+    for name, groups in (("small", 0), ("large", 4)):
+        with pq.ParquetWriter(f"{name}.parquet", pa.schema({"logits": lists.type}), use_dictionary=False) as writer:
+            for _ in range(groups):
+                writer.write_table(pa.table({"logits": lists}))
+    assert peak_memory("large.parquet", "out.npz") - peak_memory("small.parquet", "out.npz") < 2**28
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,40 @@
 """A Dask cluster that computes the parts of a job: processes of this machine, or workers anywhere."""
 
+import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from pylogits.batch.job import Each, Part, T
 from pylogits.batch.readers import FileError
+
+
+def stop_with(worker: Any, rows: int) -> None:
+    """End a part once its worker is told to close: what it wrote is removed before the process is killed."""
+    from dask.distributed import Reschedule
+
+    if worker.status.name == "closing":
+        raise Reschedule
+
+
+def on_this_worker(function: Callable[..., T], part: Part) -> T:
+    """Call a function with a part, in a worker's task."""
+    from dask.distributed import get_worker
+
+    return function(part, done=partial(stop_with, get_worker()))
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Keep Ctrl-C from the processes that start meanwhile: a terminal sends it to all, but only this one shall act on it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process takes over, unlike a handler
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -22,21 +50,23 @@ def on_workers(count: int, address: str | None) -> Iterator[Each[Any]]:
     with ExitStack() as stack:
         if address is None:
             threads = max(len(os.sched_getaffinity(0)) // count, 1)
-            address = stack.enter_context(
-                LocalCluster(
-                    n_workers=count,
-                    threads_per_worker=1,
-                    dashboard_address=None,
-                    env={"PYLOGITS_NUM_THREADS": str(threads)},
+            with deaf_children():
+                address = stack.enter_context(
+                    LocalCluster(
+                        n_workers=count,
+                        threads_per_worker=1,
+                        dashboard_address=None,
+                        silence_logs=logging.CRITICAL,  # an error is one line, a run that is stopped says nothing
+                        env={"PYLOGITS_NUM_THREADS": str(threads)},
+                    )
                 )
-            )
         try:
             client = stack.enter_context(Client(address, set_as_default=False))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise FileError(address, f"no Dask scheduler there: {error}") from None
 
         def each(function: Callable[[Part], T], parts: list[Part]) -> Iterable[T]:
             # Not pure: a file is written. Its own key would else be taken for the result of an earlier run.
-            return (future.result() for future in client.map(function, parts, pure=False))
+            return (future.result() for future in client.map(partial(on_this_worker, function), parts, pure=False))
 
         yield each

@@ -32,6 +32,14 @@ T = TypeVar("T")
 Each = Callable[[Callable[["Part"], T], list["Part"]], Iterable[T]]
 
 
+# Is called with numbers of rows that are done.
+Done = Callable[[int], None]
+
+
+def nothing(rows: int) -> None:
+    """Do nothing about rows that are done."""
+
+
 def here(function: Callable[["Part"], T], parts: list["Part"]) -> Iterable[T]:
     """Call a function with every part, in this process."""
     return map(function, parts)
@@ -101,7 +109,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 # ---- scores ----
 
 
-def score_chunks(part: Part, options: Options, metrics: Metrics, done: Callable[[int], None] = lambda rows: None) -> Chunks:
+def score_chunks(part: Part, options: Options, metrics: Metrics, done: Done) -> Chunks:
     """Score a part's rows, chunk by chunk, and count them."""
     with open_part(part, options) as (logits, targets):
         for chunk in ahead(logits.chunks(1)):
@@ -137,16 +145,16 @@ def check_targets(part: Part, options: Options) -> None:
             targets.check()
 
 
-def count_part(part: Part, options: Options) -> Metrics:
+def count_part(part: Part, options: Options, done: Done = nothing) -> Metrics:
     """Count a part's rows without writing their scores."""
     check_targets(part, options)
     metrics = Metrics(options.classes)
-    for _ in score_chunks(part, options, metrics):
+    for _ in score_chunks(part, options, metrics, done):
         pass
     return metrics
 
 
-def score_part(part: Part, options: Options, resume: bool, done: Callable[[int], None] = lambda rows: None) -> Metrics:
+def score_part(part: Part, options: Options, resume: bool, done: Done = nothing) -> Metrics:
     """Score a part into a file of its own, and record beside it what it is of; on resuming, only where that isn't there."""
     assert part.out is not None
     identity = identify(part, options)
@@ -164,9 +172,7 @@ def score_part(part: Part, options: Options, resume: bool, done: Callable[[int],
     return metrics
 
 
-def score_parts(
-    parts: list[Part], options: Options, resume: bool, each: Each[Metrics], done: Callable[[int], None]
-) -> Iterator[Metrics]:
+def score_parts(parts: list[Part], options: Options, resume: bool, each: Each[Metrics], done: Done) -> Iterator[Metrics]:
     """Score every part into a file of its own."""
     function = partial(score_part, options=options, resume=resume)
     if each is here:
@@ -205,7 +211,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"of", "metrics"} <= set(record) else None
 
 
-def score_into(out: Path, parts: list[Part], options: Options, done: Callable[[int], None]) -> Metrics:
+def score_into(out: Path, parts: list[Part], options: Options, done: Done) -> Metrics:
     """Score all parts into one file."""
     for part in parts:
         check_targets(part, options)
@@ -254,7 +260,7 @@ def survey(parts: list[Part], options: Options) -> Survey:
 # ---- the temperature ----
 
 
-def loss_slope(part: Part, options: Options) -> float:
+def loss_slope(part: Part, options: Options, done: Done = nothing) -> float:
     """Return the derivative of a part's total loss by the logarithm of the temperature."""
     slope = 0.0
     with open_part(part, options) as (logits, targets):
@@ -266,6 +272,7 @@ def loss_slope(part: Part, options: Options) -> float:
             # The loss is a function of logits / temperature alone. A logit of -inf has the gradient 0, which counts as 0.
             products = np.multiply(grad, chunk, where=grad != 0, out=np.zeros_like(grad))
             slope -= float(products.sum(dtype=np.float64))
+            done(len(rows))
     return slope
 
 

@@ -307,11 +307,12 @@ class ArrowTable(Source):
     columns: list[str]
 
     def chunks(self, inner: int) -> Iterator[Array]:
-        """Read chunks of about CHUNK_BYTES."""
-        rows = max(CHUNK_BYTES // self.row_bytes, 1)
+        """Read chunks of at most CHUNK_BYTES."""
+        # A quarter of a chunk: Parquet's decoder holds lists several times.
+        rows = max(CHUNK_BYTES // (4 * self.row_bytes), 1)
         row = 0
         try:
-            for batch in self.dataset.to_batches(columns=self.columns, batch_size=rows, batch_readahead=1, use_threads=False):
+            for batch in read_batches(self.path, self.dataset, self.columns, rows):
                 arrays = [self._values(batch.column(name), name, row) for name in self.columns]
                 chunk = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
                 row += len(batch)
@@ -335,6 +336,19 @@ class ArrowTable(Source):
         if column.null_count or values.null_count:
             raise FileError(self.path, f"values are missing in column {name} from row {first_row} on")
         return np.asarray(values.to_numpy(zero_copy_only=False))
+
+
+def read_batches(path: Path, dataset: Any, columns: list[str], rows: int) -> Iterator[Any]:
+    """Read columns in record batches of so many rows at most."""
+    if path.suffix == ".parquet":  # of which a dataset holds several row groups as a whole
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+            yield from file.iter_batches(rows, columns=columns, use_threads=False)
+    else:
+        yield from dataset.to_batches(
+            columns=columns, batch_size=rows, batch_readahead=0, fragment_readahead=0, use_threads=False
+        )
 
 
 def is_list(kind: Any) -> bool:
@@ -374,19 +388,19 @@ def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> Arr
     from pyarrow import dataset as ds
 
     open_file(path).close()  # for one kind of message about files that can't be opened
-    options = ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    formats = {".parquet": ds.ParquetFileFormat(default_fragment_scan_options=options)}
     try:
-        table = ds.dataset(path, format=formats.get(path.suffix, "ipc"))
+        table = ds.dataset(path, format="parquet" if path.suffix == ".parquet" else "ipc")
         rows = table.count_rows()
         columns = pick_columns(path, table.schema, name, role)
         kinds = [table.schema.field(column).type for column in columns]
         shape: tuple[int, ...] = (rows,) if role == "targets" else (rows, len(columns))
         if len(columns) == 1 and is_list(kinds[0]):
-            first = table.head(1, columns=columns).column(0)
-            if first.null_count:
-                raise FileError(path, f"values are missing in column {columns[0]} from row 0 on")
-            width = getattr(kinds[0], "list_size", None) or (len(first[0]) if rows else 0)
+            width = getattr(kinds[0], "list_size", 0)
+            if rows and not width:
+                first = next(read_batches(path, table, columns, 1)).column(0)[0]
+                if not first.is_valid:
+                    raise FileError(path, f"values are missing in column {columns[0]} from row 0 on")
+                width = len(first)
             shape, kinds = (rows, width), [kinds[0].value_type]
         for column, kind in zip(columns, kinds, strict=True):
             if not is_number(kind):
