@@ -27,7 +27,7 @@ Array = NDArray[Any]
 Block = tuple[slice, ...]
 
 # Large enough that the work outweighs the loop around it, small enough to stay near the cache.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 # Below this, the bytes of a read cost less than its call.
 READ_BYTES = 64 * 2**10
