@@ -27,7 +27,7 @@ run: $(VENV)/installed  ## score the digits logits in examples/ and show the wor
 
 .PHONY: test
 test: $(VENV)/installed  ## all tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: fuzz
 fuzz: $(VENV)/installed  ## a million hostile calls of every public function
