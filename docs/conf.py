@@ -26,3 +26,4 @@ html_title = "pylogits"
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
+exclude_patterns = ["charts/README.md"]  # a page of its own, for who looks at the folder
