@@ -45,6 +45,13 @@ def dtype(request):
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def python():
     """Run code in a fresh interpreter and return the finished process."""
 

@@ -18,15 +18,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from command import COMMAND, refused, run
 
 import pylogits
-from pylogits import cli
 from pylogits.batch import job, metrics, readers
 from pylogits.batch.metrics import Metrics
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-COMMAND = (sys.executable, "-m", "pylogits", "score")
 TAKEN = "would take the place of an input or of another output"
 ALONE = "-: standard input can't be one of several inputs, nor have its scores in a folder"
 NOT_A_FILE = "not a file in an existing folder"
@@ -36,10 +33,7 @@ LOGITS = RNG.normal(size=(50, 4)).astype(np.float32) * 3
 TARGETS = RNG.integers(0, 4, 50)
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
@@ -48,25 +42,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(cli.app, ["score", *map(str, arguments)])
-
-
 def score(*arguments):
     """Score, and return the summary by name."""
-    result = invoke(*arguments)
+    result = run("score", *arguments)
     assert result.exit_code == 0, result.stderr
     return dict(re.findall(r"^(.*?)  +(\S+) *$", result.stdout, flags=re.MULTILINE))
-
-
-def refused(*arguments):
-    """The one line with which a run ends, leaving nothing behind."""
-    before = sorted(os.listdir())
-    result = invoke(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert sorted(os.listdir()) == before
-    assert re.fullmatch("error: .*\n", result.stderr)
-    return result.stderr.removeprefix("error: ").rstrip("\n")
 
 
 def read(path):
@@ -370,7 +350,7 @@ def test_columns():
 
 
 @pytest.fixture
-def shards():
+def shards(folder):
     """Three files of logits and of targets; the metrics of all together."""
     for i, rows in enumerate((slice(0, 20), slice(20, 21), slice(21, 50))):
         Path(f"shards/{i}").mkdir(parents=True)
@@ -476,7 +456,7 @@ def test_resume_after_a_stop(shards, monkeypatch):
         return whole_score(logits, *arguments, **options)
 
     monkeypatch.setattr(pylogits, "score", stopping_score)
-    assert invoke(*shards, "--out", "scores").exit_code != 0
+    assert run("score", *shards, "--out", "scores").exit_code != 0
     assert sorted(contents("scores")) == ["0-logits.parquet", "0-logits.parquet.json"]
     summary = score(*shards, "--out", "scores", "--resume")
     assert calls == [20, 1, 1, 29]

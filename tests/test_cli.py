@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from command import refused, run
 
 import pylogits
-from pylogits import cli
 from pylogits.batch import job, readers, writers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,20 +22,13 @@ LOGITS = np.array([[0.5, 1.5, 0.1], [2.2, 1.3, 1.7], [-1.0, 0.0, 1.0]])
 TARGETS = np.array([1, 2, 2])
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two rows of three float64 logits."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def read(path):
@@ -56,18 +48,6 @@ def score(logits, *options, targets=None, out="out.npz"):
     result = run("score", "logits.npy", "--out", out, *options)
     assert result.exit_code == 0, result.stderr
     return read(out)
-
-
-def refused(*arguments):
-    """The one line with which a run ends, leaving nothing behind."""
-    before = sorted(os.listdir())
-    result = run("score", *arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert sorted(os.listdir()) == before
-    return result.stderr.removeprefix("error: ").rstrip("\n")
 
 
 def expected(logits, targets):
@@ -273,7 +253,7 @@ def test_warns_of_probabilities():
 
 class TestRefusals:
     @pytest.fixture(autouse=True)
-    def files(self):
+    def files(self, folder):
         np.save("logits.npy", LOGITS)
         np.save("targets.npy", TARGETS)
 

@@ -7,44 +7,19 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from command import COMMAND, refused, run
 
 import pylogits
-from pylogits import cli
 from pylogits.batch import readers
 
 FORMATS = ("parquet", "npz")
-COMMAND = (sys.executable, "-m", "pylogits", "score")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def refused(*arguments):
-    """The one line with which a run ends, leaving everything as it was."""
-    before = contents()
-    result = CliRunner().invoke(cli.app, ["score", *map(str, arguments)])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert contents() == before
-    return result.stderr.removeprefix("error: ").rstrip("\n")
-
-
-def contents():
-    """The files of the folder and of those in it, with the bytes of the outputs."""
-    paths = sorted(Path().rglob("*"))
-    return {path: path.read_bytes() if path.stem == "out" and path.is_file() else None for path in paths}
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def temporary_files():
@@ -131,7 +106,7 @@ def test_killed_while_writing(suffix):
     assert len(left) == 1
 
     np.save("logits.npy", np.array([[0.0, 1.0]]))
-    assert CliRunner().invoke(cli.app, ["score", "logits.npy", "--out", str(out)]).exit_code == 0
+    assert run("score", "logits.npy", "--out", out).exit_code == 0
     assert read(str(out))["prediction"].tolist() == [1]
     assert temporary_files() == left
 
@@ -154,7 +129,7 @@ def test_signals(suffix, number, code):
 def test_the_callers_signal_handler_is_back():
     before = signal.getsignal(signal.SIGTERM)
     np.save("logits.npy", np.zeros((3, 3)))
-    assert CliRunner().invoke(cli.app, ["score", "logits.npy", "--out", "out.npz"]).exit_code == 0
+    assert run("score", "logits.npy", "--out", "out.npz").exit_code == 0
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -165,7 +140,7 @@ def test_whole_on_the_disk_before_it_has_its_name(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_size))
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
-    assert CliRunner().invoke(cli.app, ["score", "logits.npy", "--out", "out.npz"]).exit_code == 0
+    assert run("score", "logits.npy", "--out", "out.npz").exit_code == 0
     assert events == [os.path.getsize("out.npz"), "replace"]
 
 
@@ -257,7 +232,7 @@ def test_no_room_for_the_summary(unbuffered):
 
 
 @pytest.fixture
-def unprivileged():
+def unprivileged(folder):
     """Act as a user without rights: root may read and write everything."""
     Path().chmod(0o777)
     user = os.geteuid()
@@ -276,7 +251,7 @@ def test_logits_without_permission(unprivileged):
 def test_folder_without_permission(unprivileged, mode):
     np.save("logits.npy", np.zeros((3, 3)))
     Path("locked").mkdir(mode=mode)
-    result = CliRunner().invoke(cli.app, ["score", "logits.npy", "--out", "locked/out.npz"])
+    result = run("score", "logits.npy", "--out", "locked/out.npz")
     assert (result.exit_code, result.stderr) == (2, "error: locked/out.npz: Permission denied\n")
 
 
@@ -376,7 +351,7 @@ def test_replaced_after_the_first_chunk(when_scored):
     np.save("logits.npy", logits)
     np.save("other.npy", -logits)
     when_scored(lambda: os.replace("other.npy", "logits.npy"))
-    assert CliRunner().invoke(cli.app, ["score", "logits.npy", "--out", "out.npz"]).exit_code == 0
+    assert run("score", "logits.npy", "--out", "out.npz").exit_code == 0
     assert read("out.npz")["prediction"].tolist() == logits.argmax(axis=1).tolist()
 
 

@@ -31,19 +31,8 @@ T = TypeVar("T")
 # Calls a function with every part and gives the results in the parts' order: here, or on a cluster.
 Each = Callable[[Callable[["Part"], T], list["Part"]], Iterable[T]]
 
-
 # Is called with numbers of rows that are done.
 Done = Callable[[int], None]
-
-
-def nothing(rows: int) -> None:
-    """Do nothing about rows that are done."""
-
-
-def here(function: Callable[["Part"], T], parts: list["Part"]) -> Iterable[T]:
-    """Call a function with every part, in this process."""
-    return map(function, parts)
-
 
 COLUMNS = ("prediction", "confidence", "entropy", "logsumexp", "loss", "correct")
 TOP_K_COLUMNS = ("top_k_indices", "top_k_probabilities")
@@ -80,6 +69,15 @@ class Part:
     def record(self) -> Path:
         """The file beside the scores that says what they are of."""
         return self.out.with_name(f"{self.out.name}.json") if self.out else Path()
+
+
+def here(function: Callable[[Part], T], parts: list[Part]) -> Iterable[T]:
+    """Call a function with every part, in this process."""
+    return map(function, parts)
+
+
+def nothing(rows: int) -> None:
+    """Do nothing about rows that are done."""
 
 
 @contextmanager
