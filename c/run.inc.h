@@ -5,13 +5,13 @@ static bool FN(side_by_side)(const struct pl_task *task)
   return task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
 }
 
-/* A tile pays where rows are short or lie side by side; few rows, and their top k, go by the row. How short was measured: with
- * results that have to be turned back up to about 100 floats or 40 doubles, without them up to 140 and 60. */
+/* A tile pays where rows are short or lie side by side; few rows, and their top k, go by the row. How short was measured, with
+ * AVX2: up to 200 floats or 100 doubles, and for the gradients through a result up to 160 and 70. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   const bool backward = pl_is_backward(task), loss = task->operation == PL_CROSS_ENTROPY;
   const int64_t most = backward ? TILE / 2 : loss ? 2 * TILE / TILES_OF_LOSS : TILE; /* by the room that there is */
-  const int64_t short_lines = backward ? 2 : pl_whole(task) ? 5 : 7;
+  const int64_t short_lines = backward ? 8 : 10;
   if ((task->operation == PL_SCORE && task->picks > 1) || rows < LANES / 2) return false;
   return task->classes <= short_lines * LANES || (task->classes <= most && FN(side_by_side)(task));
 }

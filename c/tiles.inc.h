@@ -32,6 +32,22 @@ static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
   return dtype == NATIVE_DTYPE && stride == (int64_t)sizeof(REAL) && classes >= ACROSS;
 }
 
+INLINE void FN(load_block)(REAL *x, char *const *rows, int64_t c)
+{
+  FN(quad) q[ACROSS];
+  for (int i = 0; i < ACROSS; i++) memcpy(&q[i], rows[i] + c * (int64_t)sizeof(REAL), sizeof *q);
+  FN(transpose)(q);
+  for (int i = 0; i < ACROSS; i++) memcpy(x + i * LANES, &q[i], sizeof *q);
+}
+
+INLINE void FN(store_block)(char *const *rows, int64_t c, const REAL *x)
+{
+  FN(quad) q[ACROSS];
+  for (int i = 0; i < ACROSS; i++) memcpy(&q[i], x + i * LANES, sizeof *q);
+  FN(transpose)(q);
+  for (int i = 0; i < ACROSS; i++) memcpy(rows[i] + c * (int64_t)sizeof(REAL), &q[i], sizeof *q);
+}
+
 /* Missing rows of the last tile are zeros. */
 static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows, REAL *x)
 {
@@ -51,14 +67,10 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
   }
   for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, view->classes, dtype)) {
+    const int64_t last = classes - ACROSS; /* this block overlaps the one before */
     for (; l + ACROSS <= rows; l += ACROSS) {
-      for (int64_t c = 0; c < classes; c += ACROSS) {
-        const int64_t at = c + ACROSS <= classes ? c : classes - ACROSS; /* the last block overlaps the one before */
-        FN(quad) q[ACROSS];
-        for (int i = 0; i < ACROSS; i++) memcpy(&q[i], base[l + i] + at * (int64_t)sizeof(REAL), sizeof *q);
-        FN(transpose)(q);
-        for (int i = 0; i < ACROSS; i++) memcpy(x + (at + i) * LANES + l, &q[i], sizeof *q);
-      }
+      for (int64_t c = 0; c < last; c += ACROSS) FN(load_block)(x + c * LANES + l, base + l, c);
+      FN(load_block)(x + last * LANES + l, base + l, last);
     }
   }
   for (; l < rows; l++)
@@ -81,14 +93,10 @@ static void FN(store_tile)(const struct pl_task *task, const struct pl_view *vie
   }
   for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, stride, dtype)) {
+    const int64_t last = classes - ACROSS;
     for (; l + ACROSS <= rows; l += ACROSS) {
-      for (int64_t c = 0; c < classes; c += ACROSS) {
-        const int64_t at = c + ACROSS <= classes ? c : classes - ACROSS;
-        FN(quad) q[ACROSS];
-        for (int i = 0; i < ACROSS; i++) memcpy(&q[i], x + (at + i) * LANES + l, sizeof *q);
-        FN(transpose)(q);
-        for (int i = 0; i < ACROSS; i++) memcpy(base[l + i] + at * (int64_t)sizeof(REAL), &q[i], sizeof *q);
-      }
+      for (int64_t c = 0; c < last; c += ACROSS) FN(store_block)(base + l, c, x + c * LANES + l);
+      FN(store_block)(base + l, last, x + last * LANES + l);
     }
   }
   for (; l < rows; l++)
@@ -112,9 +120,10 @@ struct FN(tree) {
 };
 
 /* One class of LANES rows: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the logits.
- */
+ * Without an origin, the numbers themselves. */
 INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool keep, VEC *ones)
 {
+  if (!o) return FN(vec_load)(x);
   const VEC one = FN(vec_fill)(1), logits = FN(vec_load)(x) - shift;
   const VEC term = FN(terms)(logits, o);
   if (keep) FN(vec_store)(x, term);
@@ -128,6 +137,18 @@ INLINE void FN(add_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, VEC lo)
   VEC error;
   FN(vec_store)(lane, FN(vec_two_sum)(FN(vec_load)(lane), sum, &error));
   FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + error);
+}
+
+/* The sum of a group is added to its lane; the first one is all that is there. */
+INLINE void FN(add_group_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, bool first)
+{
+  const VEC zero = FN(vec_fill)(0);
+  if (first) {
+    FN(vec_store)(lane, sum);
+    FN(vec_store)(lane_lo, zero);
+  } else {
+    FN(add_to_lane)(lane, lane_lo, sum, zero);
+  }
 }
 
 /* Steps 1 and 2 for the rows of one vector, the maxima given. What is left over from whole groups goes line by line, so that
@@ -146,32 +167,32 @@ INLINE void FN(plant)(REAL *x, int64_t classes, const struct FN(origin) * o, VEC
     return;
   }
   const int64_t whole = classes / GROUP * GROUP, line = LANES * LANES;
-  VEC count = zero, group[LANES];
-  for (int j = 0; j < LANES; j++) {
-    FN(vec_store)(sum + j * LANES, zero);
-    FN(vec_store)(lo + j * LANES, zero);
-    group[j] = zero;
-  }
+  VEC count = zero;
   for (int64_t c = 0; c < whole; c += GROUP) {
     for (int64_t j = 0; j < LANES; j++) {
       REAL *at = x + (c + j) * LANES;
       const VEC a = FN(tile_term)(at, o, shift, keep, &count), b = FN(tile_term)(at + line, o, shift, keep, &count);
       const VEC d = FN(tile_term)(at + 2 * line, o, shift, keep, &count);
       const VEC e = FN(tile_term)(at + 3 * line, o, shift, keep, &count);
-      FN(add_to_lane)(sum + j * LANES, lo + j * LANES, (a + b) + (d + e), zero);
+      FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, (a + b) + (d + e), c == 0);
     }
   }
   REAL *rest = x + whole * LANES;
   const int64_t left = classes - whole;
 #define LEFT(i) (left - (i)*LANES < LANES ? left - (i)*LANES : LANES)
-  for (int64_t j = 0; j < LEFT(0); j++) group[j] = FN(tile_term)(rest + j * LANES, o, shift, keep, &count);
-  for (int64_t j = 0; j < LEFT(1); j++) group[j] = group[j] + FN(tile_term)(rest + line + j * LANES, o, shift, keep, &count);
-  for (int64_t j = 0; j < LEFT(2); j++) {
-    VEC second = FN(tile_term)(rest + 2 * line + j * LANES, o, shift, keep, &count);
-    if (j < LEFT(3)) second = second + FN(tile_term)(rest + 3 * line + j * LANES, o, shift, keep, &count);
-    group[j] = group[j] + second;
+#define TERM(i) FN(tile_term)(rest + (i)*line + j * LANES, o, shift, keep, &count)
+  int64_t j = 0;
+  for (; j < LEFT(3); j++) {
+    const VEC first = TERM(0) + TERM(1), second = TERM(2) + TERM(3);
+    FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, first + second, whole == 0);
   }
-  for (int64_t j = 0; j < LEFT(0); j++) FN(add_to_lane)(sum + j * LANES, lo + j * LANES, group[j], zero);
+  for (; j < LEFT(2); j++) {
+    const VEC first = TERM(0) + TERM(1);
+    FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, first + TERM(2), whole == 0);
+  }
+  for (; j < LEFT(1); j++) FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, TERM(0) + TERM(1), whole == 0);
+  for (; j < LEFT(0); j++) FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, TERM(0), whole == 0);
+#undef TERM
 #undef LEFT
   FN(vec_store)(ones, count);
 }
@@ -248,23 +269,11 @@ static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, RE
 }
 
 /* Steps 2 and 3 for numbers that are no exponentials. */
-static void FN(sum_tile)(const REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
+static void FN(sum_tile)(REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
 {
-  const VEC zero = FN(vec_fill)(0);
-  struct FN(tree) tree = {0};
-  for (int64_t c = 0; c < classes; c += GROUP) {
-    for (int64_t j = 0; j < LANES && c + j < classes; j++) {
-      EACH_VEC(v)
-      {
-        VEC line[LINES_PER_GROUP];
-        for (int i = 0; i < LINES_PER_GROUP; i++) {
-          const int64_t at = c + i * LANES + j;
-          line[i] = at < classes ? FN(vec_load)(e + at * LANES + v) : zero;
-        }
-        FN(add_to_lane)(tree.sum[j] + v, tree.lo[j] + v, (line[0] + line[1]) + (line[2] + line[3]), zero);
-      }
-    }
-  }
+  struct FN(tree) tree;
+  REAL ones[VEC_LANES];
+  EACH_VEC(v) FN(plant)(e + v, classes, NULL, FN(vec_fill)(0), false, tree.sum[0] + v, tree.lo[0] + v, ones);
   FN(join_tree)(&tree, classes, sum, sum_lo);
 }
 
@@ -317,6 +326,8 @@ static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
 static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const int64_t classes = task->classes, r = tile->r, rows = tile->rows;
+  /* A copy, which writing to x plainly leaves as it is: else GCC's loop was scalar, a quarter of the time of short rows. */
+  const struct FN(closings) f = tile->f;
   REAL *x = tile->x;
   REAL result[LANES];
   int64_t bad = -1;
@@ -324,7 +335,7 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
   switch (task->operation) {
     case PL_SOFTMAX:
       for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FN(closing_of)(&tile->f, l));
+        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FN(closing_of)(&f, l));
       FN(mask_tile)(task, r, rows, x, 0);
       return -1;
     case PL_LOG_SOFTMAX:
@@ -582,8 +593,13 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
 INLINE void FN(ask_for)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, bool to_write)
 {
   const char *row = FN(row_at)(task, view, r);
+  int64_t size = task->classes * view->classes;
+  if (size == view->outer) { /* side by side: as one */
+    size *= rows;
+    rows = 1;
+  }
   for (int64_t l = 0; l < rows; l++, row += view->outer) {
-    for (int64_t at = 0; at < task->classes * view->classes; at += 64) {
+    for (int64_t at = 0; at < size; at += 64) {
       if (to_write) {
         __builtin_prefetch(row + at, 1);
       } else {
@@ -690,6 +706,7 @@ static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * t
 static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const bool log = task->operation == PL_LOG_SOFTMAX;
+  const struct FN(closings) f = tile->f; /* as in write_tile */
   REAL *x = tile->x, ones[LANES];
   for (int64_t b = 0; b < FN(block_count)(task); b++) {
     const struct pl_task part = FN(block_task)(task, b);
@@ -701,9 +718,9 @@ static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * ti
     for (int64_t c = 0; c < part.classes; c++) {
       REAL *line = x + c * LANES;
       if (log) {
-        for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
+        for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&f, l), t);
       } else {
-        for (int l = 0; l < LANES; l++) line[l] = FN(probability)(line[l], FN(closing_of)(&tile->f, l));
+        for (int l = 0; l < LANES; l++) line[l] = FN(probability)(line[l], FN(closing_of)(&f, l));
       }
     }
     FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
