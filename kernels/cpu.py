@@ -38,9 +38,11 @@ LINE_BYTES = 64
 LINES = 4  # in a group
 BLOCK_BYTES = 16384
 TILE = 1024  # classes in a tile at most
+SHORT_LINES = 10  # of rows for which tiles pay wherever they lie
 TILE_BYTES = TILE * LINE_BYTES
 GROUP_BYTES = LINES * LINE_BYTES
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
+ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
 # ---- the constants of c/kernel.c ----
 
@@ -267,7 +269,7 @@ def negate(typingctx, line):
 @intrinsic
 def select(typingctx, condition, a, b):
     """a where the condition holds, else b."""
-    kind = condition.line if isinstance(condition, Mask) else a
+    kind = condition.line if isinstance(condition, Mask) else _widest(a, b)
 
     def codegen(context, builder, signature, args):
         vector = context.get_value_type(kind)
@@ -1276,10 +1278,10 @@ def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_gr
     k = constants(maximum)
     log1p = f[:2]
     keep, even = (k.one - numbers.label_smoothing, k.zero), (numbers.label_smoothing / spread.count, k.zero)
-    loss, slope = plus(times(dot, t), times(mass, log1p)), times(keep, mass)
+    loss, slope = times(keep, plus(times(dot, t), times(mass, log1p))), times(keep, mass)
     # where keep is 0, an infinite loss counts for nothing
-    loss = times(keep, loss) if keep[0] != k.zero else (k.zero, k.zero)
-    if even[0] != k.zero:
+    loss = select(keep[0] == k.zero, k.zero, loss[0]), select(keep[0] == k.zero, k.zero, loss[1])
+    if numbers.label_smoothing != k.zero:
         loss = plus(loss, times(even, plus(times(spread.dot, t), times(spread.mass, log1p))))
         slope = plus(slope, times(even, spread.mass))
     if numbers.z_loss != k.zero:
@@ -1290,7 +1292,7 @@ def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_gr
     outer = times(times((numbers.scale, numbers.scale_lo), (sample_weight, k.zero)), (loss_grad, k.zero))
     main, rest = times(outer, keep), times(outer, even)
     factor = times(times(outer, slope), f[2:])
-    return Loss(hi + lo if finite(hi) else hi, factor, main[0] + main[1], rest[0] + rest[1])
+    return Loss(select(finite(hi), hi + lo, hi), factor, main[0] + main[1], rest[0] + rest[1])
 
 
 @allocating
@@ -1303,12 +1305,13 @@ def block_room(logits):
 
 
 @helper
-def by_tile(logits, rows):
+def by_tile(logits, rows, most=TILE):
+    """Whether tiles pay: for short rows, and for rows that lie side by side, up to the room that there is."""
     lanes = LINE_BYTES // logits.itemsize
     if rows < lanes // 2:
         return False
     adjacent = logits.strides[2] == logits.itemsize and logits.shape[2] >= lanes // 2
-    return logits.shape[1] <= (TILE if adjacent else 2 * lanes)
+    return logits.shape[1] <= (most if adjacent else SHORT_LINES * lanes)
 
 
 @helper
@@ -1319,7 +1322,9 @@ def load_tile(x, array, r, rows):
     i, j = position(r, inner)
     if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
         for c in range(classes):
-            put_line(x, c * k.lanes, line_at(packed(strip(array, i, c, j, rows)), 0))
+            line = packed(strip(array, i, c, j, rows))
+            put_line(x, c * k.lanes, line_at(line, 0))
+            prefetch(line, rows)  # of the next tile, now that the page is at hand
         return
     if rows < k.lanes:
         for c in range(classes):
@@ -1337,7 +1342,9 @@ def store_tile(array, x, r, rows):
     i, j = position(r, inner)
     if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
         for c in range(classes):
-            put_line(packed(strip(array, i, c, j, rows)), 0, line_at(x, c * k.lanes))
+            line = packed(strip(array, i, c, j, rows))
+            put_line(line, 0, line_at(x, c * k.lanes))
+            prefetch(line, rows)
         return
     for lane in range(rows):
         row = block_of(array, r + lane, 0)
@@ -1357,27 +1364,45 @@ def mask_tile(x, where, r, rows, fill):
                 x[c * lanes + lane] = fill
 
 
-@helper
-def line_or_zero(e, c, classes):
-    k = constants(e[0])
-    return line_at(e, c * k.lanes) if c < classes else every_lane(k.zero)
+@inlined
+def tile_term(x, c, classes, origin, ones, keep):
+    """Step 1 for a class: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the
+    logits. Without an origin, the numbers themselves."""
+    k = constants(x[0])
+    if c >= classes:
+        return every_lane(k.zero), ones
+    line = line_at(x, c * k.lanes)
+    if origin is None:
+        return line, ones
+    near, shift, t = origin
+    logits = line - shift
+    term = terms(logits, near, t)
+    if keep:
+        put_line(x, c * k.lanes, term)
+    hit = logits == near
+    return select(hit, k.zero, term), ones + select(hit, every_lane(k.one), k.zero)
 
 
 @helper
-def sum_tile(e, classes):
-    """Steps 2 and 3 of the tree for every row: a pair of lines."""
-    k = constants(e[0])
-    s, s_lo = scratch(e[0], TREE_BYTES), scratch(e[0], TREE_BYTES)
+def sum_tile(x, classes, origin=None, keep=False):
+    """The tree for every row: a pair of lines, and how often the maximum was met."""
+    k = constants(x[0])
+    s, s_lo = scratch(x[0], TREE_BYTES), scratch(x[0], TREE_BYTES)
+    ones = every_lane(k.zero)
     used = min(classes, k.lanes)
-    for j in range(used):
-        total, total_lo = every_lane(k.zero), every_lane(k.zero)
-        for c in range(j, classes, LINES * k.lanes):
-            first = line_or_zero(e, c, classes) + line_or_zero(e, c + k.lanes, classes)
-            second = line_or_zero(e, c + 2 * k.lanes, classes) + line_or_zero(e, c + 3 * k.lanes, classes)
-            total, lo = two_sum(total, first + second)
-            total_lo = total_lo + lo
-        put_line(s, j * k.lanes, total)
-        put_line(s_lo, j * k.lanes, total_lo)
+    for first in range(0, classes, LINES * k.lanes):
+        for j in range(min(used, classes - first)):
+            c = first + j
+            a, ones = tile_term(x, c, classes, origin, ones, keep)
+            b, ones = tile_term(x, c + k.lanes, classes, origin, ones, keep)
+            third, ones = tile_term(x, c + 2 * k.lanes, classes, origin, ones, keep)
+            fourth, ones = tile_term(x, c + 3 * k.lanes, classes, origin, ones, keep)
+            total, total_lo = (a + b) + (third + fourth), every_lane(k.zero)
+            if first:
+                total, lo = two_sum(line_at(s, j * k.lanes), total)
+                total_lo = line_at(s_lo, j * k.lanes) + lo
+            put_line(s, j * k.lanes, total)
+            put_line(s_lo, j * k.lanes, total_lo)
     half = k.lanes // 2
     while half:
         for j in range(min(half, used - half)):
@@ -1388,41 +1413,40 @@ def sum_tile(e, classes):
         half //= 2
     total, total_lo = fast_two_sum(line_at(s, 0), line_at(s_lo, 0))
     whole = finite(line_at(s, 0))
-    return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero)
+    return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero), ones
 
 
 @helper
-def exp_tile(x, e, classes, near, shift, t, keep):
-    """Step 1: the terms of x - shift, those of the maximum counted."""
-    k = constants(x[0])
-    ones = every_lane(k.zero)
-    for c in range(0, classes * k.lanes, k.lanes):
-        logits = line_at(x, c) - shift
-        term = terms(logits, near, t)
-        hit = logits == near
-        put_line(e, c, select(hit, k.zero, term))
-        ones = ones + select(hit, every_lane(k.one), k.zero)
-        if keep:
-            put_line(x, c, term)
-    return ones
-
-
-@helper
-def reduce_tile(logits, where, r, rows, x, e, t, keep):
-    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms; destroys e."""
-    k = constants(x[0])
-    classes = logits.shape[1]
-    load_tile(x, logits, r, rows)
-    mask_tile(x, where, r, rows, -k.infinity)
+def maximum_of_tile(x, classes):
+    lanes = constants(x[0]).lanes
     maximum = line_at(x, 0)
     for c in range(1, classes):
-        maximum = larger(line_at(x, c * k.lanes), maximum)
+        maximum = larger(line_at(x, c * lanes), maximum)
+    return maximum
+
+
+@helper
+def reduce_tile(logits, where, r, rows, x, t, keep):
+    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms."""
+    load_tile(x, logits, r, rows)
+    mask_tile(x, where, r, rows, -constants(x[0]).infinity)
+    maximum = maximum_of_tile(x, logits.shape[1])
+    total, total_lo = reduce_loaded(x, logits.shape[1], maximum, t, keep)
+    return maximum, total, total_lo
+
+
+@helper
+def reduce_loaded(x, classes, maximum, t, keep):
+    """The sums, of logits in x."""
+    k = constants(x[0])
     scaled = maximum * t[0]
     is_near = select(scaled < k.zero, -scaled, scaled) < k.far
     near = select(is_near, maximum, select(finite(maximum), k.zero, maximum))
     shift = maximum - near
-    ones = exp_tile(x, e, classes, near, shift, None, keep) if is_plain(t) else exp_tile(x, e, classes, near, shift, t, keep)
-    total, total_lo = sum_tile(e, classes)
+    if is_plain(t):
+        total, total_lo, ones = sum_tile(x, classes, (near, shift, None), keep)
+    else:
+        total, total_lo, ones = sum_tile(x, classes, (near, shift, t), keep)
     total, total_lo = add_ones(total, total_lo, ones)
     if not everywhere(finite(maximum)):
         found = every_lane(k.zero)
@@ -1431,7 +1455,7 @@ def reduce_tile(logits, where, r, rows, x, e, t, keep):
             found = select(value == value, found, value)
         total = select(finite(maximum), total, found)
         total_lo = select(finite(maximum), total_lo, k.zero)
-    return maximum, total, total_lo
+    return total, total_lo
 
 
 @helper
@@ -1440,7 +1464,8 @@ def store_line(out, line, r, rows):
     numbers = scratch(out[0, 0], LINE_BYTES)
     put_line(numbers, 0, line)
     for lane in range(rows):
-        out[(r + lane) // out.shape[1], (r + lane) % out.shape[1]] = numbers[lane]
+        i, j = position(r + lane, out.shape[1])
+        out[i, j] = numbers[lane]
 
 
 # ---- the operations, on rows begin to end ----
@@ -1505,13 +1530,13 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
     classes = logits.shape[1]
     masked = -k.infinity if log else k.zero
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, not log)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, not log)
             f = finish_row(maximum, total, total_lo)
             if log:
                 for c in range(0, classes * k.lanes, k.lanes):
@@ -1547,12 +1572,12 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
     inner = logits.shape[2]
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             store_line(out, log_sum(maximum, total, f, t), r, rows)
         return
@@ -1574,18 +1599,19 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     )
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
     if by_tile(logits, end - begin):
         picked = scratch(temperature, LINE_BYTES)
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
                 put_line(picked, 0, k.nan)
                 for lane in range(rows):
-                    label = indices[(r + lane) // inner, pick, (r + lane) % inner]
+                    i, j = position(r + lane, inner)
+                    label = indices[i, pick, j]
                     if 0 <= label < classes:
                         picked[lane] = x[label * k.lanes + lane]
                 result = log_probability(line_at(picked, 0), maximum, f, t)
@@ -1613,16 +1639,16 @@ def dense_rows(logits, where, labels, out, begin, end):
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, e, t, False)
+            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             load_tile(e, labels, r, rows)
-            mass, mass_lo = sum_tile(e, classes)
+            mass, mass_lo, _ = sum_tile(e, classes)
             for c in range(0, classes * k.lanes, k.lanes):
                 product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
                 put_line(x, c, product)
                 put_line(e, c, product_lo)
-            dot, dot_lo = sum_tile(x, classes)
-            low, _ = sum_tile(e, classes)
+            dot, dot_lo, _ = sum_tile(x, classes)
+            low, _, _ = sum_tile(e, classes)
             store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
     blocks, weight = block_room(logits), head(x, 0)
@@ -1674,6 +1700,117 @@ def is_ignored(label, ignored):
     return ignored.size != 0 and label == ignored[0]
 
 
+@helper
+def weights_tile(q, classes, weight, where, r, rows):
+    """The classes' weights, or ones, and 0 where masked out."""
+    k = constants(q[0])
+    for c in range(classes):
+        put_line(q, c * k.lanes, weight[c] if weight.size else k.one)
+    mask_tile(q, where, r, rows, k.zero)
+
+
+@helper
+def targets_tile(q, probabilities, where, weight, r, rows):
+    k = constants(q[0])
+    load_tile(q, probabilities, r, rows)
+    for c in range(weight.size):
+        put_line(q, c * k.lanes, line_at(q, c * k.lanes) * weight[c])
+    mask_tile(q, where, r, rows, k.zero)
+
+
+@allocating
+def loss_tiles(
+    logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, begin, end, t, x, e, q
+):
+    """loss_rows, LANES rows at once."""
+    k = constants(numbers.softcap)
+    cap = cap_of(numbers)
+    other, per_row = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, ROW_NUMBERS_BYTES)
+    classes, inner, lanes = logits.shape[1], logits.shape[2], k.lanes
+    size = classes * lanes
+    hard = labels.size != 0
+    nothing = every_lane(k.zero), every_lane(k.zero)
+    picked = np.empty(lanes, np.int64)
+    for r in range(begin, end, lanes):
+        rows = min(lanes, end - r)
+        load_tile(x, logits, r, rows)
+        if numbers.softcap != k.zero:
+            cap_row(x, size, cap, False)
+        mask_tile(x, where, r, rows, -k.infinity)
+        maximum = maximum_of_tile(x, classes)
+        for lane in range(lanes):
+            i, j = position(r + (lane if lane < rows else 0), inner)
+            counted = classes
+            if where.shape[1]:
+                counted = 0
+                for c in range(classes):
+                    counted += where[i, c, j] != 0
+            weight_of_row = sample_weight[i, j] if sample_weight.size else k.one
+            label = labels[i, j] if hard else 0
+            if hard and is_ignored(label, ignored):
+                label, counted = 0, 0
+            elif not 0 <= label < classes:  # it has changed since it was checked
+                label, weight_of_row = 0, k.nan
+            picked[lane] = label
+            per_row[lane] = counted
+            per_row[lanes + lane] = x[label * lanes + lane]
+            per_row[2 * lanes + lane] = weight[label] if hard and weight.size else k.one
+            per_row[3 * lanes + lane] = weight_of_row
+            per_row[4 * lanes + lane] = loss_grad[i, j] if loss_grad.size else k.one
+        count, target, of_label = line_at(per_row, 0), line_at(per_row, lanes), line_at(per_row, 2 * lanes)
+        weights, distances = nothing, nothing
+        if numbers.label_smoothing != k.zero:
+            weights_tile(q, classes, weight, where, r, rows)
+            weights = sum_tile(q, classes)[:2]
+            origin = select(finite(maximum), maximum, k.zero)
+            for c in range(0, size, lanes):
+                w = line_at(q, c)
+                put_line(q, c, select(w == k.zero, k.zero, w * (origin - line_at(x, c))))
+            distances = sum_tile(q, classes)[:2]
+        if hard:
+            dot, mass = weigh(target, of_label, maximum), (of_label, every_lane(k.zero))
+        else:
+            targets_tile(q, probabilities, where, weight, r, rows)
+            mass = sum_tile(q, classes)[:2]
+            for c in range(0, size, lanes):
+                product, product_lo = weigh(line_at(x, c), line_at(q, c), maximum)
+                put_line(other, c, product)
+                put_line(e, c, product_lo)
+            dot, low = sum_tile(other, classes), sum_tile(e, classes)
+            dot = dot[0], dot[1] + low[0]
+        total, total_lo = reduce_loaded(x, classes, maximum, t, grad.size != 0)
+        f = finish_row(maximum, total, total_lo)
+        spread = Spread(target, count, weights, distances)
+        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, line_at(per_row, 3 * lanes), line_at(per_row, 4 * lanes))
+        store_line(out, select(count == k.zero, k.zero, loss.value), r, rows)
+        if grad.size == 0:
+            continue
+        for lane in range(lanes):
+            per_row[lanes + lane] = x[picked[lane] * lanes + lane]
+        slope = along(line_at(per_row, lanes), loss.factor, fma(of_label, loss.keep, of_label * loss.even))
+        put_line(per_row, lanes, slope)
+        for c in range(classes):
+            even = loss.even
+            if weight.size:  # not -0 for a negative weight, as in write_slopes
+                even = select(even == k.zero, even, weight[c] * even)
+            minus = even if hard else fma(line_at(q, c * lanes), loss.keep, even)
+            put_line(x, c * lanes, along(line_at(x, c * lanes), loss.factor, minus))
+        if hard:
+            for lane in range(lanes):
+                x[picked[lane] * lanes + lane] = per_row[lanes + lane]
+        if numbers.softcap != k.zero:  # before the logits may be overwritten
+            load_tile(other, logits, r, rows)
+            cap_row(other, size, cap, True)
+            for c in range(0, size, lanes):
+                put_line(x, c, line_at(x, c) * line_at(other, c))
+        mask_tile(x, where, r, rows, k.zero)
+        for lane in range(lanes):
+            if per_row[lane] == k.zero:
+                for c in range(classes):
+                    x[c * lanes + lane] = k.zero
+        store_tile(grad, x, r, rows)
+
+
 @allocating
 def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, begin, end):
     """A cross entropy with all options, and, where `grad` has classes, its gradient; arrays without elements stand for none."""
@@ -1685,6 +1822,27 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
     q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
+    if by_tile(logits, end - begin, BLOCK_BYTES // LINE_BYTES):
+        loss_tiles(
+            logits,
+            where,
+            probabilities,
+            labels,
+            ignored,
+            weight,
+            sample_weight,
+            loss_grad,
+            numbers,
+            grad,
+            out,
+            begin,
+            end,
+            t,
+            x,
+            e,
+            q,
+        )
+        return
     blocks = block_room(logits)
     spreads = np.empty((len(blocks), 6), logits.dtype)
     keep = grad.size != 0 and len(blocks) == 1
@@ -1726,6 +1884,54 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             )
 
 
+@inlined
+def add_products(dot, low, p, g, log):
+    """A group's g p, or g, and what those products' rounding left, added to the lanes."""
+    if log:
+        return add_line(dot, (g[0] + g[1]) + (g[2] + g[3])), low
+    a, b, c, d = g[0] * p[0], g[1] * p[1], g[2] * p[2], g[3] * p[3]
+    left = (fma(g[0], p[0], -a) + fma(g[1], p[1], -b)) + (fma(g[2], p[2], -c) + fma(g[3], p[3], -d))
+    return add_line(dot, (a + b) + (c + d)), add_line(low, left)
+
+
+@helper
+def sum_products(p, g, log):
+    """The sum over a block, as a pair."""
+    k = constants(p[0])
+    dot = every_lane(k.zero), every_lane(k.zero)
+    low = dot
+    group = LINES * k.lanes
+    whole = p.size // group * group
+    for c in range(0, whole, group):
+        dot, low = add_products(dot, low, group_at(p, c), group_at(g, c), log)
+    if whole < p.size:
+        dot, low = add_products(dot, low, group_part_at(p, whole, k.zero), group_part_at(g, whole, k.zero), log)
+    hi, lo = sum_of_lanes(dot[0], dot[1])
+    return hi, lo + sum_of_lanes(low[0], low[1])[0]
+
+
+@helper
+def write_backward(p, g, total, log, result):
+    k = constants(p[0])
+    whole = p.size // k.lanes * k.lanes
+    for c in range(0, whole, k.lanes):
+        put_line(result, c, slope_of(log, line_at(p, c), line_at(g, c), total))
+    if whole < p.size:
+        left = p.size - whole
+        line = slope_of(log, part_at(p, whole, left, k.zero), part_at(g, whole, left, k.zero), total)
+        put_part(result, whole, left, line)
+
+
+@allocating
+def elements(array, r, first, room):
+    """A block of a row: where it lies, or gathered in `room`."""
+    row = block_of(array, r, first)
+    if row.strides[0] == row.itemsize:
+        return packed(row)
+    load(room, row)
+    return head(room, row.size)
+
+
 @allocating
 def backward_rows(results, grad, log, out, begin, end):
     """From what softmax or log_softmax gave, p (g - sum(g p)) or g - exp(log p) sum(g)."""
@@ -1734,37 +1940,34 @@ def backward_rows(results, grad, log, out, begin, end):
     p, g = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
     product, low = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
     classes = results.shape[1]
+    if by_tile(results, end - begin, BLOCK_BYTES // LINE_BYTES):
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            load_tile(p, results, r, rows)
+            load_tile(g, grad, r, rows)
+            for c in range(0, classes * k.lanes, k.lanes):
+                line = line_at(g, c) if log else line_at(g, c) * line_at(p, c)
+                put_line(product, c, line)
+                put_line(low, c, every_lane(k.zero) if log else fma(line_at(g, c), line_at(p, c), -line))
+            hi, lo, _ = sum_tile(product, classes)
+            lo = select(finite(hi), lo + sum_tile(low, classes)[0], k.zero)
+            for c in range(0, classes * k.lanes, k.lanes):
+                put_line(p, c, slope_of(log, line_at(p, c), line_at(g, c), (hi, lo)))
+            store_tile(out, p, r, rows)
+        return
     for r in range(begin, end):
         total = k.zero, k.zero
         for first in range(0, classes, k.block):
-            n = load_block(p, results, r, first)
-            load_block(g, grad, r, first)
-            if log:
-                part = sum_of(g, n)
-            else:
-                for c in range(n):
-                    product[c] = g[c] * p[c]
-                    low[c] = fma(g[c], p[c], -product[c])
-                hi, lo = sum_of(product, n)
-                part = hi, lo + sum_of(low, n)[0]
+            part = sum_products(elements(results, r, first, p), elements(grad, r, first, g), log)
             total = gather(total, part) if first else part
         total = total[0], total[1] if finite(total[0]) else k.zero
         for first in range(0, classes, k.block):
-            if classes > k.block:
-                load_block(p, results, r, first)
-                load_block(g, grad, r, first)
             target = block_of(out, r, first)
-            for c in range(0, target.size, k.lanes):
-                put_line(p, c, slope_of(log, line_at(p, c), line_at(g, c), total))
-            store(target, p)
-
-
-@helper
-def load_block(x, array, r, first):
-    """A block of a row, filled up to whole groups; returns their end."""
-    row = block_of(array, r, first)
-    load(x, row)
-    return fill_up(x, row.size)
+            direct = target.strides[0] == target.itemsize
+            result = packed(target) if direct else head(product, target.size)
+            write_backward(elements(results, r, first, p), elements(grad, r, first, g), total, log, result)
+            if not direct:
+                store(target, product)
 
 
 @inlined

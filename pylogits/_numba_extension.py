@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.core.errors import TypingError
-from numba.extending import overload
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import intrinsic, overload
 
 import pylogits
 
@@ -23,9 +24,9 @@ def init() -> None:
 
 
 def _check_logits(logits: Any, name: str) -> None:
-    is_array = isinstance(logits, types.Array) and logits.ndim in (1, 2) and logits.layout == "C" and logits.mutable
+    is_array = isinstance(logits, types.Array) and logits.ndim in (1, 2) and logits.layout == "C"
     if not (is_array and logits.dtype in (types.float32, types.float64)):
-        wanted = "C-contiguous, writeable logits of float32 or float64 with one or two dimensions"
+        wanted = "C-contiguous logits of float32 or float64 with one or two dimensions"
         raise TypingError(f"{name} in compiled code takes {wanted}, not {logits}")
 
 
@@ -56,10 +57,20 @@ def _check_axis(axis, ndim):  # type: ignore[no-untyped-def]
         raise ValueError("axis must be the last in compiled code")
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_writeable(typingctx, array):  # type: ignore[no-untyped-def]
+    """The same array as the type that kernels are compiled for, whether or not it may be written: they only read logits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return impl_ret_borrowed(context, builder, signature.return_type, args[0])
+
+    return array.copy(readonly=False)(array), codegen
+
+
 @njit
 def _as_rows(logits):  # type: ignore[no-untyped-def]
     """Shape (rows, classes, 1), for logits that have any."""
-    return logits.reshape(logits.size // logits.shape[-1], logits.shape[-1], 1)
+    return _as_writeable(logits).reshape(logits.size // logits.shape[-1], logits.shape[-1], 1)
 
 
 @njit
