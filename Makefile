@@ -99,6 +99,18 @@ bench-instructions: $(BUILD)/native/count  ## instructions of the C kernels unde
 bench-losses: $(VENV)/installed  ## the losses, gradients and options beside the peers, the limits and the goals (LOSSES="--only softcap")
 	$(BIN)/python bench/losses.py $(LOSSES)
 
+.PHONY: tune
+tune: $(VENV)/installed  ## measure from which size on a second thread pays, and write pylogits/_crossovers.py (ten minutes)
+	$(BIN)/python bench/dispatch.py --write
+
+.PHONY: bench-dispatch
+bench-dispatch: $(VENV)/installed  ## how often the dispatcher's choice is the fastest, or within 10 % of it: fails below 95 % of calls
+	$(BIN)/python bench/dispatch.py
+
+.PHONY: bench-cold
+bench-cold: $(VENV)/installed  ## what a new process waits for: the import, the first call of each backend
+	$(BIN)/python bench/cold.py
+
 .PHONY: accuracy
 accuracy: $(VENV)/installed  ## worst errors in ulp against extended precision, beside the peers that are installed
 	$(BIN)/python bench/accuracy.py

@@ -8,13 +8,17 @@ import importlib
 import importlib.util
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from pylogits._crossovers import CLASSES, MACHINE, SERIAL_BELOW
 
 
 class Backend(NamedTuple):
@@ -23,14 +27,17 @@ class Backend(NamedTuple):
     name: str
     module: str
     requires: str  # the package or extension without which it is not there
-    serial_below: int  # elements from which a second thread pays, as measured on two cores
 
 
 # In order of preference: the first that is there and is not ruled out by a forced choice runs the call.
 TABLE = (
-    Backend("c", "pylogits._simd", "pylogits._c", serial_below=1 << 15),
-    Backend("numba", "pylogits.kernels.cpu", "numba", serial_below=1 << 17),
-    Backend("reference", "pylogits._reference", "numpy", serial_below=1 << 62),
+    Backend("c", "pylogits._simd", "pylogits._c"),
+    Backend("numba", "pylogits.kernels.cpu", "numba"),
+    Backend("reference", "pylogits._reference", "numpy"),
+)
+# Elements that no crossover lies below: so small calls need not look it up.
+ALWAYS_SERIAL = min(
+    min(sizes) for operations in SERIAL_BELOW.values() for dtypes in operations.values() for sizes in dtypes.values()
 )
 C_MODULE = TABLE[0].module
 MAX_THREADS = 1024
@@ -46,11 +53,23 @@ def is_available(backend: Backend) -> bool:
     return importlib.util.find_spec(backend.requires) is not None
 
 
-def select(dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
-    """The backend module and the number of threads for logits of this dtype and size."""
-    name = "reference" if dtype.char == LONGDOUBLE else _forced.get() or _default
-    backend, module = _loaded[name] if name in _loaded else _load(name)
-    return module, 1 if elements < backend.serial_below else get_num_threads()
+def select(operation: str, dtype: np.dtype[Any], elements: int, classes: int) -> tuple[ModuleType, int]:
+    """The backend module and the number of threads for logits of this dtype and size, in rows of so many classes."""
+    name = choose_backend(dtype)
+    return load(name), 1 if elements < ALWAYS_SERIAL else threads_for(name, operation, dtype, elements, classes)
+
+
+def choose_backend(dtype: np.dtype[Any]) -> str:
+    """The backend that was forced, or the first that is there."""
+    return "reference" if dtype.char == LONGDOUBLE else _forced.get() or _default
+
+
+def threads_for(name: str, operation: str, dtype: np.dtype[Any], elements: int, classes: int) -> int:
+    """One thread below the size from which, as `make tune` has measured, a second one pays; above, all."""
+    if name not in SERIAL_BELOW:
+        return 1
+    column = min(bisect_left(CLASSES, classes), len(CLASSES) - 1)
+    return 1 if elements < SERIAL_BELOW[name][operation][dtype.itemsize][column] else get_num_threads()
 
 
 def on_gpu() -> ModuleType:
@@ -64,13 +83,13 @@ def on_gpu() -> ModuleType:
     return module
 
 
-_loaded: dict[str, tuple[Backend, ModuleType]] = {}
+_loaded: dict[str, ModuleType] = {}
 
 
-def _load(name: str) -> tuple[Backend, ModuleType]:
+def load(name: str) -> ModuleType:
+    """The module of a backend."""
     if name not in _loaded:
-        backend = TABLE[NAMES.index(name)]
-        _loaded[name] = backend, importlib.import_module(backend.module)
+        _loaded[name] = importlib.import_module(TABLE[NAMES.index(name)].module)
     return _loaded[name]
 
 
@@ -160,7 +179,7 @@ def get_num_threads() -> int:
     if _num_threads is not None:
         return _num_threads
     if is_available(TABLE[0]):
-        return min(_cores, int(_load("c")[1].max_threads()))
+        return min(_cores, int(load("c").max_threads()))
     return _cores
 
 
@@ -202,7 +221,8 @@ def show_config() -> dict[str, Any]:
     dict
         `isa`: the instruction set of the C backend (None without it); `available_isas`: those that this machine can run,
         best first; `backends`: the available ones, in order of preference; `backend`: the one that calls from here use;
-        `num_threads`; `serial_below`: by backend, the number of elements below which a call stays on one thread.
+        `num_threads`; `serial_below`: by backend and operation, the least and the most elements from which on a call uses
+        them all, which depends on the dtype and the length of rows, too; `measured_on`: the machine that this was measured on.
 
     Examples
     --------
@@ -213,7 +233,7 @@ def show_config() -> dict[str, Any]:
     True
     """
     has_c = is_available(TABLE[0])
-    simd = _load("c")[1] if has_c else None
+    simd = load("c") if has_c else None
     backends = [backend.name for backend in TABLE if is_available(backend)]
     config: dict[str, Any] = {
         "backend": _forced.get() or _default,
@@ -221,14 +241,24 @@ def show_config() -> dict[str, Any]:
         "isa": simd.isa() if simd else None,
         "available_isas": simd.available_isas() if simd else [],
         "num_threads": get_num_threads(),
-        "serial_below": {backend.name: backend.serial_below for backend in TABLE[:2] if backend.name in backends},
+        "measured_on": MACHINE,
+        "serial_below": {name: _ranges(operations) for name, operations in SERIAL_BELOW.items() if name in backends},
     }
     for key, value in config.items():
-        text = ", ".join(value) if isinstance(value, list) else value
         if isinstance(value, dict):
-            text = ", ".join(f"{name} {number} elements" for name, number in value.items())
-        print(f"{key:15} {text}")
+            for name, operations in value.items():
+                print(f"{key:15} {name}, of elements:")
+                for operation, (least, most) in operations.items():
+                    print(f"{'':15}   {operation} {least}" + f" to {most}" * (least < most))
+        else:
+            print(f"{key:15} {', '.join(value) if isinstance(value, list) else value}")
     return config
+
+
+def _ranges(operations: dict[str, dict[int, tuple[int, ...]]]) -> dict[str, tuple[int, int]]:
+    """The least and the most of an operation's crossovers, whatever the dtype and the length of rows."""
+    of_all = {operation: list(chain(*sizes.values())) for operation, sizes in operations.items()}
+    return {operation: (min(sizes), max(sizes)) for operation, sizes in of_all.items()}
 
 
 def _from_environment() -> str:
@@ -244,7 +274,7 @@ def _from_environment() -> str:
         if not is_available(TABLE[0]):
             raise ValueError(f"PYLOGITS_ISA is {isa!r}, but this build has no C backend")
         try:
-            _load("c")[1].use_isa(isa)
+            load("c").use_isa(isa)
         except ValueError as error:
             raise ValueError(f"PYLOGITS_ISA: {error}") from None
     backend = os.environ.get("PYLOGITS_BACKEND")

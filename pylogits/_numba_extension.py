@@ -57,7 +57,7 @@ def _check_axis(axis, ndim):  # type: ignore[no-untyped-def]
         raise ValueError("axis must be the last in compiled code")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_writeable(typingctx, array):  # type: ignore[no-untyped-def]
     """The same array as the type that kernels are compiled for, whether or not it may be written: they only read logits."""
 

@@ -115,7 +115,8 @@ class Problem(NamedTuple):
         return np.ascontiguousarray(self.targets, np.int64).reshape(self.rows) if self.hard else None
 
     def run(self, logits: Array, grad: Array | None, losses: Array) -> None:
-        module, threads = _dispatch.select(logits.dtype, logits.size)
+        operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
+        module, threads = _dispatch.select(operation, logits.dtype, logits.size, logits.shape[self.axis])
 
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> Any:
             labels, sample_weight, loss_grad, *grads, losses = rest

@@ -214,7 +214,7 @@ class _Layer:
 
     def __init__(self, x: Array, w: Array, bias: Array | None, dtype: np.dtype[Any], problem: Problem) -> None:
         self.x, self.w, self.bias, self.dtype, self.problem = x, w, bias, dtype, problem
-        self.module, _ = _dispatch.select(dtype, x.shape[0] * w.shape[0])
+        self.module = _dispatch.load(_dispatch.choose_backend(dtype))
         # Only C takes rows in parts, and not for probabilities, of which there are rows x classes anyway.
         self.classes = w.shape[0]
         if problem.hard and self.module.__name__ == _dispatch.C_MODULE:

@@ -67,15 +67,13 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
         _rows.check_out(out, rows, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
     result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
-        module, threads = _rows.backend(array, dtype, result.size * shape[number])
+        array, weights = (np.broadcast_to(each, shape, subok=True) for each in (array, weights))
+        module, threads = _rows.backend("softmax_cross_entropy_with_logits", array, dtype, (number,))
         _rows.run(
             lambda logits, labels, out: module.softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,
             (number,),
-            _rows.Operands(
-                [np.broadcast_to(array, shape, subok=True), np.broadcast_to(weights, shape, subok=True)],
-                row_outputs=[result],
-            ),
+            _rows.Operands([array, weights], row_outputs=[result]),
         )
     return _rows.deliver(logits, result, out)
 
@@ -138,7 +136,7 @@ def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: An
         _rows.check_out(out, rows, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
     result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
-        module, threads = _rows.backend(array, dtype, array.size)
+        module, threads = _rows.backend("sparse_softmax_cross_entropy_with_logits", array, dtype, (number,))
         _rows.run(
             lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module.DTYPES,

@@ -22,7 +22,7 @@ LAYERS = (
     ("_dispatch",),
     ("_simd", "_cuda"),
     ("kernels", "_reference"),
-    ("_c", "_float_state", "_device"),  # the compiled extension; what any may use
+    ("_c", "_crossovers", "_float_state", "_device"),  # the compiled extension; what any may use
 )
 # The same in pylogits/batch.
 BATCH_LAYERS = (("cluster",), ("job", "report"), ("metrics", "writers"), ("readers",))

@@ -144,10 +144,13 @@ def losses_and_slopes(backend, logits, options, threads=1):
     return results
 
 
-# Fewer rows than C takes by the tile
+BY_ROW = [(3, 1, 1), (3, 33, 1), (1, 129, 3), (3, 1000, 1), (2, 4096, 1), (1, 9001, 2)]
+BY_TILE = [(37, 1, 1), (21, 10, 1), (16, 70, 1), (1, 100, 41)]
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["normal", "special", "strided"])
-@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 33, 1), (1, 129, 3), (3, 1000, 1), (2, 4096, 1), (1, 9001, 2)], ids=str)
+@pytest.mark.parametrize("shape", BY_ROW + BY_TILE, ids=str)
 def test_losses_of_c(shape, kind, options, dtype):
     simd = pytest.importorskip("pylogits._simd")
     logits = draw(shape, dtype, kind)
