@@ -43,6 +43,8 @@ CLASSES = (10, 50, 200, 1000, 30_000)  # to tune, and others to check
 OTHER_CLASSES = (3, 32, 128, 512, 10_000)
 SIZES = tuple(1 << n for n in range(12, 20))
 OTHER_SIZES = (3000, 12_000, 25_000, 50_000, 100_000, 400_000, 3_000_000)
+# Not below a few microseconds: there is nothing to gain then, and a thread that sleeps takes longer to wake.
+CROSSOVERS = tuple(1 << n for n in range(13, 19))
 ROUNDS = 5
 SAMPLE_SECONDS = 0.001
 WITHIN = 1.1  # times the best time
@@ -122,7 +124,7 @@ def times(call):
 
 def chosen(call):
     """Return what the dispatcher chooses."""
-    module, threads = _dispatch.select(call.operation, np.dtype(call.dtype), call.size, call.classes)
+    module, threads = _dispatch.select(call.operation, np.dtype(call.dtype), call.size)
     return next(backend.name for backend in _dispatch.TABLE if backend.module == module.__name__), threads
 
 
@@ -138,25 +140,25 @@ def measured(calls):
         yield call, seconds
 
 
-def least_regret(pairs):
-    """Return the power of two, as the size from which threads are taken, that loses least on (size, serial, threads)."""
+def least_regret(found):
+    """Return the size, of CROSSOVERS, that loses least on (size, time on one thread, on all) if threads are used from it on."""
 
     def regret(below):
-        return sum(np.log((serial if size < below else threads) / min(serial, threads)) for size, serial, threads in pairs)
+        return sum(np.log((serial if size < below else threads) / min(serial, threads)) for size, serial, threads in found)
 
-    return min((1 << n for n in range(10, 22)), key=regret)
+    return min(CROSSOVERS, key=regret)
 
 
 def tune(only):
-    """Return the crossovers, by backend, operation and bytes of a logit: one for each of CLASSES."""
-    pairs = {}
+    """Return the crossovers by backend, operation and bytes of a logit."""
+    times_of = {}
     for call, seconds in measured(grid(CLASSES, SIZES, only)):
         for name in BACKENDS:
-            key = name, call.operation, np.dtype(call.dtype).itemsize, call.classes
-            pairs.setdefault(key, []).append((call.size, seconds[name, 1], seconds[name, THREADS]))
+            key = name, call.operation, np.dtype(call.dtype).itemsize
+            times_of.setdefault(key, []).append((call.size, seconds[name, 1], seconds[name, THREADS]))
     table = {}
-    for (name, operation, itemsize, _), found in pairs.items():
-        table.setdefault(name, {}).setdefault(operation, {}).setdefault(itemsize, []).append(least_regret(found))
+    for (name, operation, itemsize), found in times_of.items():
+        table.setdefault(name, {}).setdefault(operation, {})[itemsize] = least_regret(found)
     return table
 
 
@@ -166,17 +168,13 @@ def write(table):
         '"""From how many logits on a second thread pays: measured, and written by `make tune`."""',
         "",
         f'MACHINE = "{machine()}"',
-        "# The rows that were measured, by their classes; a call goes by the next longer ones.",
-        f"CLASSES = {CLASSES}",
-        "# By backend, operation and bytes of a logit: a size for each of CLASSES.",
-        "SERIAL_BELOW: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {",
+        "# By backend, operation and bytes of a logit.",
+        "SERIAL_BELOW = {",
     ]
     for name, operations in table.items():
         lines.append(f'    "{name}": {{')
         for operation, sizes in operations.items():
-            lines.append(f'        "{operation}": {{')
-            lines += [f"            {itemsize}: {tuple(below)}," for itemsize, below in sizes.items()]
-            lines.append("        },")
+            lines.append(f'        "{operation}": {sizes},')
         lines.append("    },")
     TABLE.write_text("\n".join([*lines, "}", ""]))
 

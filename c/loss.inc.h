@@ -86,6 +86,15 @@ static inline REAL FN(weigh)(REAL x, REAL *q, REAL max)
   return counts ? product : 0;
 }
 
+/* The same in every lane, but for the low part of what is not finite: nothing looks at it. */
+INLINE VEC FN(vec_weigh)(VEC x, VEC q, VEC max, VEC *low)
+{
+  VEC lo;
+  const VEC zero = FN(vec_fill)(0), hi = FN(vec_two_sum)(max, -x, &lo), product = q * hi;
+  *low = FN(vec_unless_equal)(FN(vec_fma)(q, hi, -product) + q * lo, q, zero);
+  return FN(vec_unless_equal)(product, q, zero);
+}
+
 /* The q of a label: its class weight, and that times the distance of its logit. */
 static inline struct FN(pair) FN(weigh_label)(REAL x, REAL weight, REAL max)
 {
@@ -110,17 +119,12 @@ static const REAL *FN(targets_at)(const struct pl_task *task, int64_t r, int64_t
 INLINE void FN(add_targets)(struct FN(lanes) * mass, struct FN(lanes) * dot, struct FN(lanes) * low, const REAL *x,
                             const REAL *q, VEC max)
 {
-  const VEC zero = FN(vec_fill)(0);
   EACH_VEC(v)
   {
     VEC targets[LINES_PER_GROUP], product[LINES_PER_GROUP], error[LINES_PER_GROUP];
     for (int i = 0; i < LINES_PER_GROUP; i++) {
-      VEC lo;
       targets[i] = FN(vec_load)(q + i * LANES + v);
-      const VEC hi = FN(vec_two_sum)(max, -FN(vec_load)(x + i * LANES + v), &lo), exact = targets[i] * hi;
-      const VEC rest = FN(vec_fma)(targets[i], hi, -exact) + targets[i] * lo;
-      product[i] = FN(vec_unless_equal)(exact, targets[i], zero); /* q = 0 counts for nothing, whatever x */
-      error[i] = FN(vec_unless_equal)(rest, targets[i], zero);
+      product[i] = FN(vec_weigh)(FN(vec_load)(x + i * LANES + v), targets[i], max, &error[i]);
     }
     FN(add_line)(mass, v / VEC_LANES, (targets[0] + targets[1]) + (targets[2] + targets[3]));
     FN(add_line)(dot, v / VEC_LANES, (product[0] + product[1]) + (product[2] + product[3]));

@@ -518,8 +518,15 @@ static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
   if (!task->labels.data) {
     FN(load_target_tile)(task, tile, q);
     FN(sum_tile)(q, classes, loss->mass, loss->mass_lo);
-    for (int64_t c = 0; c < size; c += LANES)
-      for (int l = 0; l < LANES; l++) products[c + l] = FN(weigh)(x[c + l], &q[c + l], tile->max[l]);
+    for (int64_t c = 0; c < size; c += LANES) {
+      EACH_VEC(v)
+      {
+        VEC low;
+        const VEC max = FN(vec_load)(tile->max + v), targets = FN(vec_load)(q + c + v);
+        FN(vec_store)(products + c + v, FN(vec_weigh)(FN(vec_load)(x + c + v), targets, max, &low));
+        FN(vec_store)(q + c + v, low);
+      }
+    }
     FN(sum_tile)(products, classes, loss->dot, loss->dot_lo);
     FN(sum_tile)(q, classes, low, low_lo);
     for (int l = 0; l < LANES; l++) loss->dot_lo[l] += low[l];

@@ -8,17 +8,15 @@ import importlib
 import importlib.util
 import math
 import os
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pylogits._crossovers import CLASSES, MACHINE, SERIAL_BELOW
+from pylogits._crossovers import MACHINE, SERIAL_BELOW
 
 
 class Backend(NamedTuple):
@@ -36,9 +34,7 @@ TABLE = (
     Backend("reference", "pylogits._reference", "numpy"),
 )
 # Elements that no crossover lies below: so small calls need not look it up.
-ALWAYS_SERIAL = min(
-    min(sizes) for operations in SERIAL_BELOW.values() for dtypes in operations.values() for sizes in dtypes.values()
-)
+ALWAYS_SERIAL = min(min(sizes.values()) for operations in SERIAL_BELOW.values() for sizes in operations.values())
 C_MODULE = TABLE[0].module
 MAX_THREADS = 1024
 NAMES = tuple(backend.name for backend in TABLE)
@@ -53,10 +49,10 @@ def is_available(backend: Backend) -> bool:
     return importlib.util.find_spec(backend.requires) is not None
 
 
-def select(operation: str, dtype: np.dtype[Any], elements: int, classes: int) -> tuple[ModuleType, int]:
-    """The backend module and the number of threads for logits of this dtype and size, in rows of so many classes."""
+def select(operation: str, dtype: np.dtype[Any], elements: int) -> tuple[ModuleType, int]:
+    """The backend module and the number of threads for logits of this dtype and size."""
     name = choose_backend(dtype)
-    return load(name), 1 if elements < ALWAYS_SERIAL else threads_for(name, operation, dtype, elements, classes)
+    return load(name), 1 if elements < ALWAYS_SERIAL else threads_for(name, operation, dtype, elements)
 
 
 def choose_backend(dtype: np.dtype[Any]) -> str:
@@ -64,12 +60,11 @@ def choose_backend(dtype: np.dtype[Any]) -> str:
     return "reference" if dtype.char == LONGDOUBLE else _forced.get() or _default
 
 
-def threads_for(name: str, operation: str, dtype: np.dtype[Any], elements: int, classes: int) -> int:
+def threads_for(name: str, operation: str, dtype: np.dtype[Any], elements: int) -> int:
     """One thread below the size from which, as `make tune` has measured, a second one pays; above, all."""
-    if name not in SERIAL_BELOW:
+    if name not in SERIAL_BELOW or elements < SERIAL_BELOW[name][operation][dtype.itemsize]:
         return 1
-    column = min(bisect_left(CLASSES, classes), len(CLASSES) - 1)
-    return 1 if elements < SERIAL_BELOW[name][operation][dtype.itemsize][column] else get_num_threads()
+    return get_num_threads()
 
 
 def on_gpu() -> ModuleType:
@@ -221,8 +216,8 @@ def show_config() -> dict[str, Any]:
     dict
         `isa`: the instruction set of the C backend (None without it); `available_isas`: those that this machine can run,
         best first; `backends`: the available ones, in order of preference; `backend`: the one that calls from here use;
-        `num_threads`; `serial_below`: by backend and operation, the least and the most elements from which on a call uses
-        them all, which depends on the dtype and the length of rows, too; `measured_on`: the machine that this was measured on.
+        `num_threads`; `serial_below`: by backend, operation and bytes of a logit, the number of logits below which a call stays
+        on one thread; `measured_on`: the machine that this was measured on.
 
     Examples
     --------
@@ -242,23 +237,17 @@ def show_config() -> dict[str, Any]:
         "available_isas": simd.available_isas() if simd else [],
         "num_threads": get_num_threads(),
         "measured_on": MACHINE,
-        "serial_below": {name: _ranges(operations) for name, operations in SERIAL_BELOW.items() if name in backends},
+        "serial_below": {name: operations for name, operations in SERIAL_BELOW.items() if name in backends},
     }
     for key, value in config.items():
         if isinstance(value, dict):
             for name, operations in value.items():
-                print(f"{key:15} {name}, of elements:")
-                for operation, (least, most) in operations.items():
-                    print(f"{'':15}   {operation} {least}" + f" to {most}" * (least < most))
+                print(f"{key:15} {name}, logits of 2, 4 and 8 bytes")
+                for operation, sizes in operations.items():
+                    print(f"{'':17} {operation:42}", *(f"{size:7}" for size in sizes.values()))
         else:
             print(f"{key:15} {', '.join(value) if isinstance(value, list) else value}")
     return config
-
-
-def _ranges(operations: dict[str, dict[int, tuple[int, ...]]]) -> dict[str, tuple[int, int]]:
-    """The least and the most of an operation's crossovers, whatever the dtype and the length of rows."""
-    of_all = {operation: list(chain(*sizes.values())) for operation, sizes in operations.items()}
-    return {operation: (min(sizes), max(sizes)) for operation, sizes in of_all.items()}
 
 
 def _from_environment() -> str:

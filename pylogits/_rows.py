@@ -406,7 +406,7 @@ def run_contiguous(
         and (out is logits or not clashes(out, logits))
     ):
         return None
-    module, threads = _dispatch.select(operation, dtype, size, shape[-1])
+    module, threads = _dispatch.select(operation, dtype, size)
     if module.__name__ != _dispatch.C_MODULE:
         return None
     result = np.empty(rows, dtype) if out is None else out
@@ -416,11 +416,11 @@ def run_contiguous(
     return result if rows or out is not None else result[()]
 
 
-def backend(operation: str, array: Array, dtype: np.dtype[Any], axes: tuple[int, ...]) -> tuple[ModuleType, int]:
+def backend(operation: str, array: Array, dtype: np.dtype[Any]) -> tuple[ModuleType, int]:
     """The backend module and the number of threads for an array, as logits of this dtype."""
     if isinstance(array, DeviceArray):
         return _dispatch.on_gpu(), 1
-    return _dispatch.select(operation, dtype, array.size, math.prod(array.shape[axis] for axis in axes))
+    return _dispatch.select(operation, dtype, array.size)
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any], out: Any = None) -> Array:
@@ -475,7 +475,7 @@ def run_full(
     if not array.size:
         return answer
     result = apart(target, "out", array, other)
-    module, threads = backend(operation, array, dtype, axes)
+    module, threads = backend(operation, array, dtype)
     kernel = getattr(module, operation)
     run(
         lambda array, other, out: kernel(array, other, *options, out, threads),

@@ -19,6 +19,7 @@ _CODES: dict[np.dtype[Any], int] = {
     np.dtype(np.float64): lib.PL_FLOAT64,
 }
 DTYPES = frozenset(_CODES)
+_TASK, _VOID = ffi.typeof("struct pl_task *"), ffi.typeof("void *")
 # Looked up once: a small call is little more than its look-ups.
 _from_buffer = ffi.from_buffer
 _run_contiguous = lib.pl_run_contiguous
@@ -47,31 +48,28 @@ def _task(
     losses: Mapping[str, Any] | None = None,
 ) -> Any:
     """The arguments of one call. It has the arrays' addresses only: they must be kept."""
-    task = ffi.new("struct pl_task *")
-    task.operation = operation
-    task.dtype = _CODES[logits.dtype]
-    task.outer, task.classes, task.inner = logits.shape
-    task.picks = picks
-    task.temperature = temperature
+    outer, classes, inner = logits.shape
+    fields: dict[str, Any] = {
+        "operation": operation,
+        "dtype": _CODES[logits.dtype],
+        "outer": outer,
+        "classes": classes,
+        "inner": inner,
+        "picks": picks,
+        "temperature": temperature,
+        "logits": _view(logits),
+    }
     if out is not None:
-        task.out_dtype = _CODES[out.dtype]
-    for name, array in (("logits", logits), ("out", out), ("where", where), ("labels", labels), ("grad", grad)):
+        fields["out_dtype"] = _CODES[out.dtype]
+    for name, array in (("out", out), ("where", where), ("labels", labels), ("grad", grad)):
         if array is not None:
-            _view(getattr(task, name), array)
-    for name, value in (losses or {}).items():
-        if not isinstance(value, np.ndarray):
-            setattr(task.losses, name, value)
-        elif name in ("probabilities", "grad"):
-            _view(getattr(task.losses, name), value)
-        else:
-            setattr(task.losses, name, ffi.cast("void *", _address(value)))
-    if scores is not None:
-        for name in Scores._fields:
-            array = getattr(scores, name)
-            if array is not None:
-                pointer = ffi.cast("void *", _address(array))
-                setattr(task, name, ffi.cast(ffi.typeof(getattr(task, name)), pointer))
-    return task
+            fields[name] = _view(array)
+    if losses is not None:
+        fields["losses"] = {name: _loss_field(name, value) for name, value in losses.items()}
+    for name, array in scores._asdict().items() if scores is not None else ():
+        if array is not None:
+            fields[name] = _pointer(array)
+    return ffi.new(_TASK, fields)
 
 
 def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
@@ -81,17 +79,25 @@ def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
     return status
 
 
-def _address(array: Array) -> int:
-    return int(array.__array_interface__["data"][0])  # in half the time of array.ctypes.data
+def _pointer(array: Array) -> Any:
+    return ffi.cast(_VOID, array.ctypes.data)
 
 
-def _view(view: Any, array: Array) -> None:
-    """Fill a pl_view; an array of shape (outer, inner) has no stride along the classes."""
-    view.data = ffi.cast("void *", _address(array))
+def _view(array: Array) -> tuple[Any, int, int, int]:
+    """A pl_view; an array of shape (outer, inner) has no stride along the classes."""
+    # A buffer, which only contiguous arrays of NumPy's own dtypes are, is had in a third of the time.
+    is_buffer = array.flags.c_contiguous and array.dtype.isbuiltin == 1
+    data = _from_buffer(array) if is_buffer else _pointer(array)
     if array.ndim == 3:
-        view.outer, view.classes, view.inner = array.strides
-    else:
-        view.outer, view.inner = array.strides
+        return data, *array.strides
+    outer, inner = array.strides
+    return data, outer, 0, inner
+
+
+def _loss_field(name: str, value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return _view(value) if name in ("probabilities", "grad") else _pointer(value)
 
 
 def softmax(logits: Array, where: Array | None, temperature: float, out: Array, threads: int) -> None:
@@ -211,7 +217,7 @@ class TiledCrossEntropy:
 
     def _place(self, view: Any, tile: Array, first: int) -> tuple[int, int]:
         """Lay a view of the whole rows so that the tile is where it belongs; its blocks."""
-        view.data = ffi.cast("void *", _address(tile) - first * self._itemsize)
+        view.data = ffi.cast(_VOID, tile.ctypes.data - first * self._itemsize)
         view.outer, view.classes = tile.strides
         return first // self.block, -(-(first + tile.shape[1]) // self.block)
 

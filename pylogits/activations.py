@@ -259,7 +259,7 @@ def _logsumexp(logits: Any, axis: Axis, where: Any, temperature: Any, keepdims: 
     if not array.size and not _device.is_on_gpu(array):
         result[...] = -np.inf
     elif result.size:
-        module, threads = _rows.backend("logsumexp", array, dtype, axes)
+        module, threads = _rows.backend("logsumexp", array, dtype)
         _rows.run(
             lambda logits, where, out: module.logsumexp(logits, where, temperature, out, threads),
             module.DTYPES,
@@ -332,7 +332,7 @@ def selective_log_softmax(
     if picks.size:
         if not array.size:
             _rows.raise_bad_label(picks, "index", array.shape[number])
-        module, threads = _rows.backend("selective_log_softmax", array, dtype, (number,))
+        module, threads = _rows.backend("selective_log_softmax", array, dtype)
         _rows.run(
             lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
             module.DTYPES,
