@@ -3,7 +3,6 @@
 import platform
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import numba
 from numba import float32, njit
 from pylogits.kernels import cpu
 
-from pylogits._reference import LossOptions
+from pylogits._reference import LossOptions, Scores
 
 SHAPES = [
     (1, 1, 1),
@@ -44,7 +43,7 @@ def draw(shape, dtype, kind):
 
 def new_scores(shape, dtype, top_k):
     rows = shape[0], shape[2]
-    return SimpleNamespace(
+    return Scores(
         prediction=np.empty(rows, np.int64),
         confidence=np.empty(rows, dtype),
         entropy=np.empty(rows, dtype),
@@ -77,7 +76,7 @@ def everything(backend, logits, threads):
         results["selective", temperature] = out
         scores = new_scores(shape, dtype, min(3, shape[1]))
         assert backend.score(logits, labels, temperature, scores, threads) == -1
-        results |= {(name, temperature): array for name, array in vars(scores).items()}
+        results |= {(name, temperature): array for name, array in scores._asdict().items()}
     results["dense"] = np.empty(rows, dtype)
     backend.softmax_cross_entropy_with_logits(logits, soft, results["dense"], threads)
     out = results["sparse"] = np.empty(rows, dtype)
