@@ -30,8 +30,8 @@ test: $(VENV)/installed  ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: fuzz
-fuzz: $(VENV)/installed  ## a million hostile calls of every public function
-	PYLOGITS_FUZZ_EXAMPLES=1000000 $(BIN)/pytest tests/test_fuzz.py
+fuzz: $(VENV)/installed  ## a million hostile calls of every public function (an hour and a quarter)
+	PYLOGITS_FUZZ_EXAMPLES=1000000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal -k hostile --durations=0
 
 .PHONY: soak
 soak: $(VENV)/installed  ## ten minutes of mixed calls from many threads (NUMBA_THREADING_LAYER=omp picks Numba's threads)
