@@ -92,7 +92,7 @@ def plain(value):
 
 
 class Maker:
-    """Draws the arguments of a call: what they are from hypothesis; rare cases, and the numbers in arrays, from a seed of its own."""
+    """Draws the arguments of a call: what they are from hypothesis, rare cases and numbers from a seed of its own."""
 
     def __init__(self, draw):
         self.draw = draw
