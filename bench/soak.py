@@ -114,9 +114,7 @@ class Soak:
 
     def run(self, seconds):
         """Run all threads; return the resident memory after a third of the time, and at the end."""
-        targets = [partial(self.caller, seed) for seed in range(CALLERS)]
-        if numba.threading_layer() != "workqueue":  # which aborts the process where two threads enter it, and ours do
-            targets.append(self.numba_caller)
+        targets = [*(partial(self.caller, seed) for seed in range(CALLERS)), self.numba_caller]
         if torch:
             targets.append(self.torch_caller)
         threads = [threading.Thread(target=target) for target in targets]

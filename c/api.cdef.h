@@ -54,13 +54,18 @@ int64_t pl_run(const struct pl_task *task, int threads);
 int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
                           int64_t classes, int threads);
 
-/* PL_CROSS_ENTROPY of rows of several blocks, whose logits are there some blocks at a time: views are those of whole rows, but
- * only the elements of blocks [first, last) need be there. `numbers` has room for pl_numbers_size bytes a block and row, row by
- * row: pl_reduce_part fills in those of its blocks; when all are there, pl_write_part writes its part of the gradient and,
- * where first is 0, the losses. Without probabilities, which would need a pass of their own. */
+/* The first label outside [0, classes), as pl_run would return it; -1 where there is none. */
+int64_t pl_find_bad_label(const struct pl_task *task);
+
+/* Rows of several blocks a part at a time, where pl_has_parts: as what needs no other pass over a row, like scores and
+ * probabilities. Views are those of whole rows, but only the elements of blocks [first, last) need be there. `numbers` has room
+ * for pl_numbers_size bytes a block and row, row by row: pl_reduce_part fills in those of its blocks; when all are there,
+ * pl_join_parts joins them; then pl_write_part writes the part's results and, where first is 0, those that are one a row. */
+int pl_has_parts(const struct pl_task *task);
 int64_t pl_block(int dtype); /* elements */
 int64_t pl_numbers_size(int dtype);
 void pl_reduce_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads);
+void pl_join_parts(const struct pl_task *task, void *numbers);
 int64_t pl_write_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads);
 
 /* The instruction sets of this build that this machine and its OS support, best first, and the one in use. */

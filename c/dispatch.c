@@ -263,25 +263,38 @@ static int64_t run_team(const struct pl_kernels *kernels, const struct pl_task *
   return status;
 }
 
+int pl_has_parts(const struct pl_task *task)
+{
+  return task->operation != PL_SCORE && !pl_is_backward(task) && !task->losses.probabilities.data;
+}
+
 /* Whether threads should share rows: there are too few to go round, and long enough. */
 static bool shares_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
-  const bool whole_rows_only = task->operation == PL_SCORE || pl_is_backward(task) || task->losses.probabilities.data;
-  return rows < 4 * threads && task->classes >= 2 * parts->block && !whole_rows_only;
+  return rows < 4 * threads && task->classes >= 2 * parts->block && pl_has_parts(task);
 }
 
-/* Each piece of a row, of `piece` blocks: some are reduced, or results of some are written. Returns the worst status. */
-struct pieces {
-  int64_t rows, first, last, piece;
+static int64_t block_count(const struct pl_parts *parts, const struct pl_task *task)
+{
+  return (task->classes + parts->block - 1) / parts->block;
+}
+
+/* Blocks [first, last) of each row, in pieces for each thread of the team: they are reduced, or their results are written.
+ * Returns the worst status. */
+struct part {
+  int64_t first, last;
   bool write;
 };
 
-static int64_t run_pieces(const struct pl_parts *parts, const struct pl_task *task, struct pieces p, char *numbers, int threads)
+static int64_t run_team_on_part(const struct pl_parts *parts, const struct pl_task *task, struct part p, char *numbers,
+                                int threads)
 {
-  const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
-  const int64_t each = (p.last - p.first + p.piece - 1) / p.piece;
+  const int64_t rows = task->outer * task->inner, blocks = block_count(parts, task), count = p.last - p.first;
+  const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
+  const bool one_number = p.write && !pl_whole(task);                     /* a row, which is not worth sharing */
+  const int64_t piece = threads == 1 || one_number ? count : (count + wanted - 1) / wanted;
+  const int64_t each = (count + piece - 1) / piece;
   int64_t status = -1;
-  (void)threads; /* without OpenMP */
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
@@ -291,9 +304,9 @@ static int64_t run_pieces(const struct pl_parts *parts, const struct pl_task *ta
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1)
 #endif
-    for (int64_t i = 0; i < p.rows * each; i++) {
-      const int64_t r = i / each, first = p.first + i % each * p.piece;
-      const int64_t last = first + p.piece < p.last ? first + p.piece : p.last;
+    for (int64_t i = 0; i < rows * each; i++) {
+      const int64_t r = i / each, first = p.first + i % each * piece;
+      const int64_t last = first + piece < p.last ? first + piece : p.last;
       char *of_row = numbers + (size_t)(r * blocks) * parts->numbers_size;
       if (!p.write) {
         parts->reduce(task, r, first, last, of_row);
@@ -312,29 +325,34 @@ static int64_t run_pieces(const struct pl_parts *parts, const struct pl_task *ta
   return status;
 }
 
+static void join_parts(const struct pl_parts *parts, const struct pl_task *task, char *numbers)
+{
+  const size_t size = (size_t)block_count(parts, task) * parts->numbers_size;
+  for (int64_t r = 0; r < task->outer * task->inner; r++) parts->join(task, numbers + (size_t)r * size);
+}
+
 static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
-  const int64_t blocks = (task->classes + parts->block - 1) / parts->block;
-  const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
-  struct pieces p = {rows, 0, blocks, (blocks + wanted - 1) / wanted, false};
-  char *numbers = malloc((size_t)(rows * blocks) * parts->numbers_size);
+  struct part all = {0, block_count(parts, task), false};
+  char *numbers = malloc((size_t)(rows * all.last) * parts->numbers_size);
   if (!numbers) return -2;
-  run_pieces(parts, task, p, numbers, threads);
-  p.write = true;
-  if (!pl_whole(task)) p.piece = blocks; /* one number a row is not worth sharing */
-  const int64_t status = run_pieces(parts, task, p, numbers, threads);
+  run_team_on_part(parts, task, all, numbers, threads);
+  join_parts(parts, task, numbers);
+  all.write = true;
+  const int64_t status = run_team_on_part(parts, task, all, numbers, threads);
   free(numbers);
   return status;
 }
 
 /* ---- entry points ---- */
 
-/* The first label outside [0, classes), before anything is written. */
-static int64_t find_bad_label(const struct pl_task *task)
+int64_t pl_find_bad_label(const struct pl_task *task)
 {
   const struct pl_view *labels = &task->labels;
-  const int64_t count = task->outer * task->picks * task->inner;
-  const int64_t inner = task->inner, picks = task->picks; /* a dimension of one has any stride */
+  /* scoring has one label a row; its picks are the k of top-k */
+  const int64_t inner = task->inner, picks = task->operation == PL_SCORE ? 1 : task->picks;
+  const int64_t count = labels->data ? task->outer * picks * inner : 0;
+  /* a dimension of one has any stride */
   const bool ignore = task->losses.has_ignore_index;
   if ((inner == 1 || labels->inner == 8) && (picks == 1 || labels->classes == 8 * inner) &&
       (task->outer == 1 || labels->outer == 8 * inner * picks)) {
@@ -360,13 +378,8 @@ int64_t pl_run(const struct pl_task *task, int threads)
   const struct pl_kernels *kernels = current_isa()->kernels;
   const int64_t rows = task->outer * task->inner;
   if (rows == 0) return -1;
-  if (task->labels.data) {
-    /* scoring has one label a row; its picks are the k of top-k */
-    struct pl_task labels = *task;
-    if (task->operation == PL_SCORE) labels.picks = 1;
-    const int64_t bad = find_bad_label(&labels);
-    if (bad != -1) return bad;
-  }
+  const int64_t bad = pl_find_bad_label(task);
+  if (bad != -1) return bad;
   const struct pl_parts *parts = parts_of(kernels, task->dtype);
   const bool shared = shares_rows(parts, task, rows, threads);
   if (threads > rows && !shared) threads = (int)rows;
@@ -410,22 +423,28 @@ int64_t pl_numbers_size(int dtype)
   return (int64_t)parts_of(current_isa()->kernels, dtype)->numbers_size;
 }
 
-static int64_t run_part(const struct pl_task *task, int64_t first, int64_t last, bool write, void *numbers, int threads)
+static int64_t run_part(const struct pl_task *task, struct part p, void *numbers, int threads)
 {
-  const struct pieces p = {task->outer * task->inner, first, last, last - first, write};
-  const struct pl_parts *parts = parts_of(current_isa()->kernels, task->dtype);
   threads = begin_team(threads);
-  const int64_t status = run_pieces(parts, task, p, numbers, threads);
+  const int64_t status = run_team_on_part(parts_of(current_isa()->kernels, task->dtype), task, p, numbers, threads);
   if (threads > 1) end_team();
   return status;
 }
 
 void pl_reduce_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
 {
-  run_part(task, first, last, false, numbers, threads);
+  run_part(task, (struct part){first, last, false}, numbers, threads);
+}
+
+void pl_join_parts(const struct pl_task *task, void *numbers)
+{
+  const unsigned state = get_float_state();
+  set_float_state(FLOAT_DEFAULT);
+  join_parts(parts_of(current_isa()->kernels, task->dtype), task, numbers);
+  set_float_state(state);
 }
 
 int64_t pl_write_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
 {
-  return run_part(task, first, last, true, numbers, threads);
+  return run_part(task, (struct part){first, last, true}, numbers, threads);
 }

@@ -452,6 +452,7 @@ static void run_parts(const struct plan *plan, int threads, int64_t bad)
   void *numbers = malloc((size_t)(task.outer * task.inner * blocks * pl_numbers_size(task.dtype)));
   if (!numbers) abort();
   for (int write = 0; write < 2; write++) {
+    if (write) pl_join_parts(&task, numbers);
     for (int64_t b = 0; b < blocks; b += plan->part) {
       const int64_t last = b + plan->part < blocks ? b + plan->part : blocks, first = b * block;
       const int64_t n = (last * block < task.classes ? last * block : task.classes) - first;

@@ -23,12 +23,14 @@ static inline const struct pl_view *pl_whole(const struct pl_task *task)
  * of a label that it found outside [0, classes), or -2 where it could not allocate. */
 typedef int64_t pl_run_rows(const struct pl_task *task, int64_t begin, int64_t end);
 
-/* For threads that share a row longer than a block: each reduces some of its blocks to `numbers_size` bytes of numbers, and
- * when all are done writes the results of some. Not for PL_SCORE, the backward forms and probabilities. */
+/* For a row longer than a block, a part at a time: some of its blocks are reduced to `numbers_size` bytes of numbers each; when
+ * all are, they are joined, the row's in place of the first block's; then the results of some are written. Not for PL_SCORE,
+ * the backward forms and probabilities. */
 struct pl_parts {
   int64_t block; /* elements */
   size_t numbers_size;
   void (*reduce)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *numbers);
+  void (*join)(const struct pl_task *task, void *numbers);
   int64_t (*write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *numbers);
 };
 

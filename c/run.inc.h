@@ -158,7 +158,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   return bad;
 }
 
-/* Part of a long row, so that threads can share it. */
+/* Part of a long row. */
 
 static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
 {
@@ -168,14 +168,20 @@ static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first
   FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
 }
 
-static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *blocks)
+static void FN(join_parts)(const struct pl_task *task, void *blocks)
+{
+  struct FN(row) *row = blocks;
+  *row = FN(join_row)(task, row, FN(invert)(task));
+}
+
+static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *row)
 {
   REAL scratch[2 * ROOM];
   struct FN(closings) f;
   const struct FN(temperature) t = FN(invert)(task);
   struct FN(slot) slot = {0};
   FN(give_room)(&slot, scratch, 0);
-  slot.row = FN(join_row)(task, blocks, t);
+  slot.row = *(const struct FN(row) *)row;
   REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
   FN(close_rows)(task->operation, max, sum, sum_lo, &f);
   const int64_t bad = FN(write)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
@@ -187,5 +193,6 @@ static const struct pl_parts FN(parts) = {
     .block = BLOCK,
     .numbers_size = sizeof(struct FN(row)),
     .reduce = FN(reduce_part),
+    .join = FN(join_parts),
     .write = FN(write_part),
 };

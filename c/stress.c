@@ -62,6 +62,7 @@ static void run_parts(int threads, double *losses)
   if (!numbers) abort();
   pl_reduce_part(&task, 1, classes / block + 1, numbers, threads);
   pl_reduce_part(&task, 0, 1, numbers, threads);
+  pl_join_parts(&task, numbers);
   check(pl_write_part(&task, 0, 1, numbers, threads) == -1, "a part's status is wrong", JOBS);
   free(numbers);
 }

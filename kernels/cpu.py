@@ -10,7 +10,6 @@ looks for changes only in the file of the function that it compiles.
 import hashlib
 import itertools
 import operator
-import os
 import pickle
 import threading
 from collections import namedtuple
@@ -23,7 +22,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_lock import global_compiler_lock as compiling
 from numba.core.imputils import lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, overload, register_model
@@ -2284,7 +2283,7 @@ def compiled(function, dtype, parallel):
 
 def callable_from_jit(function, dtype, parallel=False):
     """The same as compiled code can call it, which links the machine code that is there."""
-    with global_compiler_lock:  # threads that come at once wait for one to compile
+    with compiling:  # threads that come at once wait for one to compile
         return _compiled_once(function, dtype, parallel)
 
 
@@ -2308,18 +2307,8 @@ def _compiled_once(function, dtype, parallel):
 
 # ---- threads ----
 
-# Numba's workqueue layer aborts the process when a second thread enters it: a call beside a parallel one
-# is serial. The bits are the same.
+# One team of threads works at a time: a call beside a parallel one is serial. The bits are the same.
 _parallel = threading.Lock()
-
-# A child could not finish what another thread was compiling at the fork, and would wait for it: the fork
-# waits instead.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
 
 PIECES_PER_THREAD = 8  # so that a thread that is held up does not hold up the others
 PIECE_ROWS = 16  # a whole tile of floats
@@ -2328,12 +2317,20 @@ PIECE_ROWS = 16  # a whole tile of floats
 def _run(function, threads, logits, *arguments):
     rows = logits.shape[0] * logits.shape[2]
     threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
-    if threads > 1 and _parallel.acquire(blocking=False):
+    if threads > 1 and _may_enter_threads() and _parallel.acquire(blocking=False):
         try:
             return _run_parallel(compiled(function, logits.dtype, True), threads, rows, logits, *arguments)
         finally:
             _parallel.release()
     return compiled(function, logits.dtype, False)(logits, *arguments, 1, rows)
+
+
+@cache
+def _may_enter_threads():
+    """Whether Numba's threads may be entered: its workqueue layer aborts the process where a second thread enters it, and
+    the first may be in a function of the user's."""
+    numba.get_num_threads()  # starts them
+    return numba.threading_layer() != "workqueue"
 
 
 def _run_parallel(kernel, threads, rows, *arguments):

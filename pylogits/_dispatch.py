@@ -8,8 +8,9 @@ import importlib
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -79,27 +80,38 @@ def on_gpu() -> ModuleType:
 
 
 _loaded: dict[str, ModuleType] = {}
+_loading = threading.RLock()
 
 
 def load(name: str) -> ModuleType:
     """The module of a backend."""
     if name not in _loaded:
-        _loaded[name] = importlib.import_module(TABLE[NAMES.index(name)].module)
+        with _loading:
+            _loaded[name] = importlib.import_module(TABLE[NAMES.index(name)].module)
     return _loaded[name]
 
 
-# No thread but the forking one survives a fork, and a child that entered a team of OpenMP's or Numba's threads would wait for
-# them for ever. Watched from here, as the backend may be imported in the child only.
+# No thread but the forking one survives a fork. A child that entered a team of OpenMP's or Numba's threads would wait for them
+# for ever; that is watched from here, as the backend may be imported in the child only. And a child could not finish what
+# another thread was importing or compiling at the fork: the fork waits instead.
 _forked = False
+_held = ExitStack()
+
+
+def _before_fork() -> None:
+    _held.enter_context(_loading)
+    if "numba" in _loaded:
+        _held.enter_context(_loaded["numba"].compiling)
 
 
 def _in_child() -> None:
     global _forked
     _forked = True
+    _held.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_held.close, after_in_child=_in_child)
 
 
 def _check_name(name: object, source: str) -> str:
@@ -266,6 +278,8 @@ def _from_environment() -> str:
             load("c").use_isa(isa)
         except ValueError as error:
             raise ValueError(f"PYLOGITS_ISA: {error}") from None
+    if is_available(TABLE[0]):
+        load("c")  # and with it OpenMP: `threadpoolctl` limits the libraries that are there
     backend = os.environ.get("PYLOGITS_BACKEND")
     if backend is not None:
         return _check_name(backend, "PYLOGITS_BACKEND")

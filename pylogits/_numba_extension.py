@@ -12,6 +12,7 @@ from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
 
 import pylogits
+from pylogits import _dispatch
 
 
 def init() -> None:
@@ -32,8 +33,7 @@ def _check_logits(logits: Any, name: str) -> None:
 
 def _kernel(name: str, logits: Any) -> Any:
     """An operation on (rows, classes, 1), in as many pieces as it is told, of so many rows."""
-    from pylogits.kernels import cpu
-
+    cpu = _dispatch.load("numba")
     return cpu.callable_from_jit(getattr(cpu, name), np.dtype(logits.dtype.name))
 
 

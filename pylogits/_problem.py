@@ -116,7 +116,7 @@ class Problem(NamedTuple):
 
     def run(self, logits: Array, grad: Array | None, losses: Array) -> None:
         operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
-        module, threads = _dispatch.select(operation, logits.dtype, logits.size)
+        module, threads = _dispatch.select(operation, _rows.check_floats(logits, "logits"), logits.size)
 
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> Any:
             labels, sample_weight, loss_grad, *grads, losses = rest

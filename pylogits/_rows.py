@@ -52,7 +52,9 @@ def to_array(array: Any, name: str, on_gpu: bool | None = None) -> Array:
 
 def to_numpy(array: Any, name: str) -> Array:
     """`array` as a NumPy array, without a copy where it has the memory of one."""
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is np.ndarray:
+        return array
+    if isinstance(array, np.ndarray) and isinstance(array, np.ma.MaskedArray):  # NumPy imports `ma` where it is named
         raise TypeError(f"{name} is a masked array, whose mask would be lost: pass where=~mask instead")
     if is_torch_array(array):
         if array.device.type != "cpu":

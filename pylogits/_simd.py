@@ -26,6 +26,8 @@ _from_buffer = ffi.from_buffer
 _run_contiguous = lib.pl_run_contiguous
 NULL = ffi.NULL
 OUT_OF_MEMORY = -2
+# Elements of a row at a time, a tenth of a second's: Python sees Ctrl-C between two calls only.
+PART_SIZE = 1 << 26
 NO_MEMORY = "no memory for the blocks of a long row"
 _OPERATIONS = {
     "softmax": lib.PL_SOFTMAX,
@@ -74,10 +76,36 @@ def _task(
 
 
 def _run(operation: int, logits: Array, threads: int, **arguments: Any) -> int:
-    status = int(lib.pl_run(_task(operation, logits, **arguments), threads))
+    task = _task(operation, logits, **arguments)
+    long = logits.shape[1] > PART_SIZE and lib.pl_has_parts(task)
+    status = _run_in_parts(task, threads) if long else int(lib.pl_run(task, threads))
     if status == OUT_OF_MEMORY:
         raise MemoryError(NO_MEMORY)
     return status
+
+
+def _run_in_parts(task: Any, threads: int) -> int:
+    """What `pl_run` does for few long rows, in calls that end soon."""
+    bad = int(lib.pl_find_bad_label(task))
+    if bad != -1:
+        return bad
+    room = _numbers(task)
+    numbers = _from_buffer(room)
+    blocks, step = _block_count(task), PART_SIZE // lib.pl_block(task.dtype)
+    parts = [(first, min(first + step, blocks)) for first in range(0, blocks, step)]
+    for part in parts:
+        lib.pl_reduce_part(task, *part, numbers, threads)
+    lib.pl_join_parts(task, numbers)
+    return max(int(lib.pl_write_part(task, *part, numbers, threads)) for part in parts)
+
+
+def _block_count(task: Any) -> int:
+    return -(-int(task.classes) // int(lib.pl_block(task.dtype)))
+
+
+def _numbers(task: Any) -> Array:
+    """Room for what the blocks of rows are reduced to."""
+    return np.empty(task.outer * task.inner * _block_count(task) * lib.pl_numbers_size(task.dtype), np.uint8)
 
 
 def _view(array: Array) -> tuple[Any, int, int, int]:
@@ -180,8 +208,8 @@ class TiledCrossEntropy:
     """`cross_entropy` with labels, of rows whose logits are made a tile of classes at a time and are never there as a whole.
 
     A tile has the logits of classes [first, first + n), where first is a multiple of `block`, and n is too but for the last.
-    `reduce` takes each, in any order. Then `write` gives the losses and, where tiles come a second time, turns their logits
-    into gradients.
+    `reduce` takes each, in any order. Then, after `join`, `write` gives the losses and, where tiles come a second time, turns
+    their logits into gradients.
     """
 
     def __init__(
@@ -209,8 +237,7 @@ class TiledCrossEntropy:
             losses=_given(options, sample_weight, loss_grad),
         )
         self.block = tile_classes(out.dtype)
-        blocks = -(-shape[1] // self.block)
-        self._numbers = np.empty(shape[0] * blocks * int(lib.pl_numbers_size(self._task.dtype)), np.uint8)
+        self._numbers = _numbers(self._task)
 
     def _place(self, view: Any, tile: Array, first: int) -> tuple[int, int]:
         """Lay a view of the whole rows so that the tile is where it belongs; its blocks."""
@@ -221,6 +248,9 @@ class TiledCrossEntropy:
     def reduce(self, tile: Array, first: int) -> None:
         blocks = self._place(self._task.logits, tile, first)
         lib.pl_reduce_part(self._task, *blocks, _from_buffer(self._numbers), self._threads)
+
+    def join(self) -> None:
+        lib.pl_join_parts(self._task, _from_buffer(self._numbers))
 
     def write(self, tile: Array | None = None, first: int = 0) -> int:
         blocks = (0, 1)

@@ -275,6 +275,7 @@ class _Layer:
             )
             for first in starts:
                 tiled.reduce(self.logits(x, first, tile)[0], first)
+            tiled.join()
             for first in starts if grads else ():
                 logits, w = self.logits(x, first, tile)
                 tiled.write(logits, first)

@@ -404,13 +404,14 @@ def run_cross_entropy(
     number = _rows.check_single_axis(axis, array.ndim)
     on_gpu = _device.is_on_gpu(array)
     problem = check_problem(array.shape, number, dtype, targets, on_gpu=on_gpu, **options)
-    if out is not None:
-        _rows.check_out(out, problem.result_shape, problem.dtype, on_gpu=on_gpu)
+    target = None if out is None else _rows.check_out(out, problem.result_shape, problem.dtype, on_gpu=on_gpu)
     answer, grad = None, None
     if differentiate and grad_out is None:
         answer, grad = _rows.allocate(logits, array.shape, dtype)
     elif differentiate:
         answer, grad = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out", on_gpu)
+    if target is not None and grad is not None and np.shares_memory(target, grad):
+        raise ValueError("out and grad_out overlap: one would overwrite the other")
 
     slopes = None if grad is None else _rows.apart(grad, "grad_out", array, *problem.arrays())
     losses = _rows.empty(logits, problem.result_shape, problem.dtype, out)

@@ -189,6 +189,19 @@ def test_results_do_not_depend_on_threads(threads, op, backend):
             assert np.asarray(result).tobytes() == np.asarray(expected).tobytes()
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int16, np.uint32, np.int64])
+def test_integer_logits_for_threads(dtype, backend):
+    """They are taken as float64, whatever their own size."""
+    logits = (np.arange(20_000).reshape(-1, 2) % 3).astype(dtype)
+    labels = np.zeros(len(logits), int)
+    for one, other in zip(
+        pylogits.cross_entropy_value_and_grad(logits, labels),
+        pylogits.cross_entropy_value_and_grad(logits.astype(np.float64), labels),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 # The environment.
 
 

@@ -455,6 +455,19 @@ def test_out_overlaps_where(backend):
         np.testing.assert_array_equal(result, expected)
 
 
+def test_out_overlaps_grad_out(backend):
+    memory = np.full(13 * 6, 7.0, np.float32).reshape(13, 6)
+    labels = np.zeros(13, int)
+    options = {"reduction": "none", "grad_out": memory[:, :5]}
+    with pytest.raises(ValueError, match="out and grad_out overlap"):
+        pylogits.cross_entropy_value_and_grad(ZEROS, labels, out=memory[:, 4], **options)
+    assert (memory == 7).all()
+    losses, grad = pylogits.cross_entropy_value_and_grad(ZEROS, labels, out=memory[:, 5], **options)
+    expected = pylogits.cross_entropy_value_and_grad(ZEROS, labels, reduction="none")
+    np.testing.assert_array_equal(losses, expected[0])
+    np.testing.assert_array_equal(grad, expected[1])
+
+
 # score and check_logits.
 
 

@@ -114,6 +114,16 @@ held.wait()
 results = [in_child(checksum)]
 thread.join()
 """,
+    "beside the first call of a backend": """
+import sys
+
+thread = threading.Thread(target=checksum)
+thread.start()
+while "numba" not in sys.modules and thread.is_alive():
+    time.sleep(0.001)
+results = [in_child(checksum)]
+thread.join()
+""",
 }
 
 

@@ -42,6 +42,19 @@ def test_parts(shape, axis, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_long_rows_in_parts(dtype, simd, monkeypatch):
+    """A row that is longer than a call takes gives what it gives as a whole."""
+    x = np.resize(ROW, (3, 40_001)).astype(dtype)
+    expected = everything(x, 1)
+    monkeypatch.setattr(_rows, "CALL_SIZE", 30_000)
+    monkeypatch.setattr(simd, "PART_SIZE", 10_000)
+    for a, b in zip(everything(x, 1), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"label 40001 at index \(1,\)"):
+        pylogits.sparse_softmax_cross_entropy_with_logits(labels=[0, 40_001, 0], logits=x)
+
+
 def test_bad_label_in_a_later_part(monkeypatch):
     monkeypatch.setattr(_rows, "CALL_SIZE", 600)
     labels = np.zeros(77, int)
@@ -73,13 +86,14 @@ def test_interrupt(monkeypatch):
     np.testing.assert_array_equal(pylogits.softmax(x)[7], pylogits.softmax(ROW))
 
 
-def test_interrupt_of_8_gib(python):
+@pytest.mark.parametrize("rows", [2**21, 1])
+def test_interrupt_of_8_gib(python, rows):
     """The whole of it, with a real signal; prints how long it took to be seen."""
-    done = python("""
+    done = python(f"""
 import os, signal, threading, time
 import numpy as np, pylogits
-x = np.zeros((2**21, 1024), np.float32)
-pylogits.logsumexp(x[:1000])
+x = np.zeros(({rows}, 2**31 // {rows}), np.float32)
+pylogits.logsumexp(x[:1, :10000])
 sent = []
 def send():
     sent.append(time.perf_counter())
@@ -91,7 +105,7 @@ except KeyboardInterrupt:
     print(time.perf_counter() - sent[0])
 """)
     assert done.returncode == 0, done.stderr
-    print(f"Ctrl-C was seen after {float(done.stdout):.3f} s")
+    print(f"{rows} rows: Ctrl-C was seen after {float(done.stdout):.3f} s")
 
 
 # More than 2^31 elements. Strides of 0 make them from a few.

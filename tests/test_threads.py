@@ -114,11 +114,9 @@ def test_many_callers_share_one_team(python, name):
 LIMITED = """
 import threadpoolctl
 
-# Loads the backend, and OpenMP: threadpoolctl limits the libraries that it finds.
-pylogits.softmax([0.0])
-pylogits.get_num_threads()
-before = len(tasks())
 with threadpoolctl.threadpool_limits(1):
+    pylogits.softmax([0.0])  # the first call: loads the backend, and libraries that have threads of their own
+    before = len(tasks())
     inside = pylogits.get_num_threads()
     pylogits.softmax(logits)
     print(inside, len(tasks()) - before)
@@ -130,7 +128,7 @@ print(pylogits.get_num_threads(), len(tasks()) - before)
 @linux
 @pytest.mark.parametrize("name", ["c", "numba"])
 def test_threadpoolctl(python, name):
-    """Within its limit of 1, a large call starts no thread."""
+    """Within its limit of 1, a large call starts no thread, be it the first call."""
     pytest.importorskip("threadpoolctl")
     if "c" not in pylogits.show_config()["backends"]:
         pytest.skip("threadpoolctl limits OpenMP, which only the C backend has")
