@@ -139,6 +139,14 @@ qemu: $(BUILD)/native/test_kernels  ## the same on two emulated x86-64 CPUs: wit
 	OMP_THREAD_LIMIT=1 qemu-x86_64 -cpu Nehalem $<
 	OMP_THREAD_LIMIT=1 qemu-x86_64 -cpu Haswell $<
 
+.PHONY: guard
+guard: $(BUILD)/native/guard  ## every operation, dtype and number of classes up to 600 between unreadable pages (STEP=7 for a seventh)
+	$< $(STEP)
+
+.PHONY: guard-neon
+guard-neon: $(BUILD)/neon/guard  ## the same, cross-compiled for 64-bit Arm, under qemu-user
+	qemu-aarch64 -L /usr/$(CROSS) $< $(STEP)
+
 .PHONY: sanitize
 sanitize: $(BUILD)/sanitize/test_kernels $(BUILD)/sanitize/stress  ## the C programs under GCC's ASan, UBSan and LSan
 	$(BUILD)/sanitize/test_kernels > /dev/null
@@ -183,24 +191,24 @@ $(BUILD)/fuzz/%: CC := clang
 %/avx2.o: ISA_FLAGS := -mavx2 -mfma -mprfchw
 %/avx512.o: ISA_FLAGS := -mavx2 -mfma -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 
-X86_BUILDS := $(addprefix $(BUILD)/,native sanitize tsan fuzz)
+$(BUILD)/neon/%: CC := $(CROSS)-gcc
 
-$(foreach build,$(X86_BUILDS),$(build)/scalar.o $(build)/avx2.o $(build)/avx512.o): c/kernel.c $(wildcard c/*.h)
+X86_BUILDS := $(addprefix $(BUILD)/,native sanitize tsan fuzz)
+X86_KERNELS := scalar.o avx2.o avx512.o
+NEON_KERNELS := scalar.o neon.o
+
+$(foreach build,$(X86_BUILDS),$(addprefix $(build)/,$(X86_KERNELS))) $(addprefix $(BUILD)/neon/,$(NEON_KERNELS)): c/kernel.c $(wildcard c/*.h)
 	mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(BUILD_FLAGS) $(ISA_FLAGS) -DPL_ISA=$(basename $(@F)) -c c/kernel.c -o $@
 
-# A program of c/: test_kernels, stress, count or fuzz.
+# A program of c/: test_kernels, stress, guard, count or fuzz.
 define program
-$(1)/$(2): c/dispatch.c c/$(2).c $(1)/scalar.o $(1)/avx2.o $(1)/avx512.o
+$(1)/$(2): c/dispatch.c c/$(2).c $(addprefix $(1)/,$(3))
 	$$(CC) $$(C_FLAGS) $$(BUILD_FLAGS) $$^ -lm -o $$@
 endef
-$(foreach build,$(X86_BUILDS),$(foreach name,test_kernels stress count fuzz,$(eval $(call program,$(build),$(name)))))
-
-$(BUILD)/neon/test_kernels: $(C_SOURCES)
-	mkdir -p $(@D)
-	$(CROSS)-gcc $(C_FLAGS) -fno-tree-vectorize -DPL_ISA=scalar -c c/kernel.c -o $(@D)/scalar.o
-	$(CROSS)-gcc $(C_FLAGS) -DPL_ISA=neon -c c/kernel.c -o $(@D)/neon.o
-	$(CROSS)-gcc $(C_FLAGS) c/dispatch.c c/test_kernels.c $(@D)/*.o -lm -o $@
+PROGRAMS := test_kernels stress guard count fuzz
+$(foreach build,$(X86_BUILDS),$(foreach name,$(PROGRAMS),$(eval $(call program,$(build),$(name),$(X86_KERNELS)))))
+$(foreach name,test_kernels guard,$(eval $(call program,$(BUILD)/neon,$(name),$(NEON_KERNELS))))
 
 .PHONY: clean
 clean:  ## remove what the targets made

@@ -80,6 +80,13 @@ def test_neon_gives_the_bits_of_x86(make):
 
 
 @needs_x86
+@needs("gcc", "make", "aarch64-linux-gnu-gcc", "qemu-aarch64")
+def test_neon_stays_in_its_arrays(make):
+    """The other instruction sets: test_over_read.py."""
+    assert "neon: 3648 calls" in make("guard-neon", "STEP=50")[0]
+
+
+@needs_x86
 @needs("gcc", "make", "qemu-x86_64")
 @pytest.mark.parametrize(("cpu", "isa"), [("Nehalem", "scalar"), ("Haswell", "avx2")])
 def test_an_emulated_cpu_gets_its_kernels_and_the_same_bits(make, cpu, isa):
