@@ -34,7 +34,10 @@ class Compiled(NamedTuple):
 
 
 def signatures(dtype):
-    """Return the kernels with their arguments' types: rows of a dtype, with as few and as many options as there are."""
+    """Return the kernels with their arguments' types: rows of a dtype, with as few and as many options as there are; and where
+    that is "" those that see a number or two a row."""
+    if not dtype:
+        return signatures_over_rows()
     real = types.float64 if dtype == "float64" else types.float32
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(dtype, real)
     no, yes, integer = types.none, types.boolean, types.int64
@@ -71,7 +74,6 @@ def signatures(dtype):
 
 
 def signatures_over_rows():
-    """The same of the kernels that see a number or two a row."""
     integer, no = types.int64, types.none
 
     def array(kind, dimensions):
@@ -98,10 +100,9 @@ def compile_ptx(kernel, signature, architecture):
 
 
 def compiled(architectures, dtypes):
-    """Yield every kernel for dtypes and architectures."""
-    groups = [(dtype, signatures(dtype)) for dtype in dtypes] + [("", signatures_over_rows())]
-    for dtype, group in groups:
-        for name, (kernel, signature) in group.items():
+    """Yield every kernel of dtypes, for architectures."""
+    for dtype in dtypes:
+        for name, (kernel, signature) in signatures(dtype).items():
             for architecture in architectures:
                 yield Compiled(name, dtype, architecture, compile_ptx(kernel, signature, architecture))
 
@@ -137,7 +138,7 @@ def main():
     chosen = parser.parse_args()
     print(f"{'kernel':34} {'dtype':9} {'arch':>6} {'registers':>9} {'spilled':>7} {'16-byte':>7} {'f64':>5}")
     bad = False
-    for one in compiled(chosen.arch, chosen.dtype):
+    for one in compiled(chosen.arch, [*chosen.dtype, ""]):
         registers, stores, loads = assemble(one)
         wide, doubles = one.count(r"global\.v4"), one.count(r"\.f64\s")
         line = f"{one.kernel:34} {one.dtype:9} {one.architecture:6} {registers:9} {stores + loads:7} {wide:7} {doubles:5}"

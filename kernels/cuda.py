@@ -732,7 +732,7 @@ def is_before(a, i, b, j):
 
 @device
 def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
-    """What `pylogits.score` says of a row, unless a label is bad. The best class is searched for once for each of the top k."""
+    """What `pylogits.score` says of a row, unless a label is bad."""
     prediction, confidence, entropy, logsumexp, best, chances, losses, correct = outputs
     row = place(plan, x)
     g = gather(k, plan, row, x, None, None, None, None, t, False, tile, room)
@@ -740,6 +740,9 @@ def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
     writes = row.there and row.lane == 0 and status[0] == 0
     classes = x.shape[1]
     sums = k.zero, k.zero
+    # The logits of the best classes so far are kept where their probabilities belong.
+    for j in range(best.shape[2] if writes else 0):
+        best[row.outer, row.inner, j], chances[row.outer, row.inner, j] = classes, -k.infinity
     for first in range(0, classes, plan.tile):
         n = length(plan, row, classes, first)
         if classes > plan.tile:
@@ -749,42 +752,35 @@ def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
             hi, lo = exponent(value, g.maximum, t)
             e = exp_scaled(k, hi, lo)
             sums = plus(sums, (k.zero if e == k.zero else -hi * e, k.zero))
-        cuda.syncthreads()
+        value, at = k.zero, -1
+        for _ in range(best.shape[2]):
+            value, at = next_best(k, row, classes, first, n, value, at, tile, room, seats)
+            if writes:
+                insert(best, chances, row, value, at)
     sums = join_lanes(k, room, row, sums)
     if writes:
         logsumexp[row.outer, row.inner] = log_sum(k, g, f, t)
         entropy[row.outer, row.inner] = f[0] + (sums[0] + sums[1]) * f[2]
-    value, at = k.zero, -1
-    for j in range(best.shape[2]):
-        value, at = next_best(k, plan, row, x, value, at, tile, room, seats)
-        if writes:
-            best[row.outer, row.inner, j] = at
-            chances[row.outer, row.inner, j] = probability(k, value, g, f, t)
-            if j == 0:
-                prediction[row.outer, row.inner] = at
-                confidence[row.outer, row.inner] = chances[row.outer, row.inner, 0]
-                if labels is not None:
-                    label = np.int64(labels[row.outer, row.inner])
-                    of_class = widen(k, x[row.outer, label, row.inner])
-                    losses[row.outer, row.inner] = k.zero - log_probability(k, of_class, g, f, t)
-                    correct[row.outer, row.inner] = at == label
+        for j in range(best.shape[2]):
+            chances[row.outer, row.inner, j] = probability(k, chances[row.outer, row.inner, j], g, f, t)
+        at = best[row.outer, row.inner, 0]
+        prediction[row.outer, row.inner], confidence[row.outer, row.inner] = at, chances[row.outer, row.inner, 0]
+        if labels is not None:
+            label = np.int64(labels[row.outer, row.inner])
+            of_class = widen(k, x[row.outer, label, row.inner])
+            losses[row.outer, row.inner] = k.zero - log_probability(k, of_class, g, f, t)
+            correct[row.outer, row.inner] = at == label
 
 
 @device
-def next_best(k, plan, row, x, last_value, last, tile, room, seats):
-    """The best class behind `last`, or of all where that is -1."""
-    classes = x.shape[1]
+def next_best(k, row, classes, first, n, last_value, last, tile, room, seats):
+    """The best class of a tile behind `last`, or of all of it where that is -1; `classes` where there is none."""
     largest, at = -k.infinity, classes
-    for first in range(0, classes, plan.tile):
-        n = length(plan, row, classes, first)
-        if classes > plan.tile:
-            load_both(plan, tile, row, x, None, first, n)
-        for c in range(row.lane, n, row.lanes):
-            value = widen(k, tile[row.start + c])
-            behind = last < 0 or is_before(last_value, last, value, first + c)
-            if behind and is_before(value, first + c, largest, at):
-                largest, at = value, first + c
-        cuda.syncthreads()
+    for c in range(row.lane, n, row.lanes):
+        value = widen(k, tile[row.start + c])
+        behind = last < 0 or is_before(last_value, last, value, first + c)
+        if behind and is_before(value, first + c, largest, at):
+            largest, at = value, first + c
     room[row.seat], seats[row.seat] = largest, at
     cuda.syncthreads()
     step = row.lanes // 2
@@ -797,6 +793,18 @@ def next_best(k, plan, row, x, last_value, last, tile, room, seats):
     largest, at = room[row.seat - row.lane], seats[row.seat - row.lane]
     cuda.syncthreads()
     return largest, at
+
+
+@device
+def insert(best, values, row, value, at):
+    """A class among the best ones of a row, where it is one of them."""
+    i, j, place = row.outer, row.inner, best.shape[2] - 1
+    if not is_before(value, at, values[i, j, place], best[i, j, place]):
+        return
+    while place > 0 and is_before(value, at, values[i, j, place - 1], best[i, j, place - 1]):
+        values[i, j, place], best[i, j, place] = values[i, j, place - 1], best[i, j, place - 1]
+        place -= 1
+    values[i, j, place], best[i, j, place] = value, at
 
 
 # ---- over rows: labels and weights before a loss, sums behind it. In float64, as on the CPU: a number or two a row. ----

@@ -258,15 +258,17 @@ def test_backward(op, shape):
     np.testing.assert_allclose(on_gpu(backward, grad, result), reference(backward, grad, result), rtol=3e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 20])  # the last is more than a tile of strided rows has
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_score(dtype):
+@pytest.mark.parametrize(("shape", "axis"), [((2, 40, 2), 1), ((3, 200), 1)])
+def test_score(dtype, shape, axis, top_k):
     rng = np.random.default_rng(5)
-    x = rng.integers(-4, 4, (2, 40, 2)).astype(dtype_of(dtype))
-    x[0, 5, 0] = np.nan
-    targets = rng.integers(40, size=(2, 2))
-    got = on_gpu(pylogits.score, x, targets, axis=1, top_k=3, temperature=0.7)
+    x = rng.integers(-4, 4, shape).astype(dtype_of(dtype))
+    x[0, 5] = np.nan
+    targets = rng.integers(40, size=np.delete(shape, axis))
+    got = on_gpu(pylogits.score, x, targets, axis=axis, top_k=top_k, temperature=0.7)
     wide = x.astype(np.float64 if dtype == "float64" else np.float32)
-    expected = reference(pylogits.score, wide, targets, axis=1, top_k=3, temperature=0.7)
+    expected = reference(pylogits.score, wide, targets, axis=axis, top_k=top_k, temperature=0.7)
     for name, mine, theirs in zip(got._fields, got, expected, strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_allclose(mine, theirs, rtol=8 * np.finfo(wide.dtype).eps, err_msg=name)
