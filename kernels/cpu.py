@@ -2290,7 +2290,8 @@ def callable_from_jit(function, dtype, parallel=False):
 def compile_all():
     """Everything that a call may want, into Numba's cache: yields what is done."""
     functions = softmax_pieces, logsumexp_pieces, pick_pieces, dense_pieces, loss_pieces, backward_pieces, score_pieces
-    for function, dtype, parallel in itertools.product(functions, sorted(DTYPES, key=str), (False, True)):
+    twins = (False, True) if _may_enter_threads() else (False,)
+    for function, dtype, parallel in itertools.product(functions, sorted(DTYPES, key=str), twins):
         compiled(function, dtype, parallel)
         yield f"{function.__name__.removesuffix('_pieces')} {dtype}, {'threads' if parallel else 'serial'}"
 
@@ -2329,7 +2330,10 @@ def _run(function, threads, logits, *arguments):
 def _may_enter_threads():
     """Whether Numba's threads may be entered: its workqueue layer aborts the process where a second thread enters it, and
     the first may be in a function of the user's."""
-    numba.get_num_threads()  # starts them
+    try:
+        numba.get_num_threads()  # starts them
+    except ValueError:  # NUMBA_THREADING_LAYER asks for one that is not installed
+        return False
     return numba.threading_layer() != "workqueue"
 
 

@@ -608,7 +608,9 @@ def of_loss(given, expected):
     loss_grad = np.asarray(1 if given.get("loss_grad") is None else given["loss_grad"])
     loss_grad = np.broadcast_to(abs(bounded(loss_grad.astype(real).astype(np.longdouble))), counted.shape)
     loss_grad = np.maximum(loss_grad, BEYOND**-0.25)  # what is beyond stays so
-    slopes = np.moveaxis(slopes / divisor * loss_grad[..., None], -1, axis)
+    factor = (loss_grad / divisor)[..., None]
+    beyond = is_beyond(mass * abs(sample_weight)[..., None] * factor, real) & counted[..., None] & mask
+    slopes = np.moveaxis(np.where(beyond, BEYOND, slopes * factor), -1, axis)
     return [losses if reduction == "none" else losses.sum() / divisor, slopes][: len(expected)]
 
 
