@@ -44,10 +44,10 @@ def test_many_threads_at_once(backend):
 @linux
 @pytest.mark.parametrize("layer", LAYERS)
 def test_soak(layer):
-    """`make soak`, for ten seconds."""
+    """`make soak`, for half a minute."""
     pytest.importorskip(f"numba.np.ufunc.{LAYERS[layer]}", reason=f"Numba has no {layer} here", exc_type=ImportError)
     environment = {**os.environ, "NUMBA_THREADING_LAYER": layer}
-    done = subprocess.run([sys.executable, SOAK, "--seconds=10"], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, SOAK, "--seconds=30"], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Numba's layer {layer}" in done.stdout
     calls, differences = map(int, re.search(r"(\d+) calls, (\d+) differences", done.stdout).groups())
