@@ -349,10 +349,9 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
 int64_t pl_find_bad_label(const struct pl_task *task)
 {
   const struct pl_view *labels = &task->labels;
-  /* scoring has one label a row; its picks are the k of top-k */
+  /* Scoring has one label a row; its picks are the k of top-k. A dimension of one has any stride. */
   const int64_t inner = task->inner, picks = task->operation == PL_SCORE ? 1 : task->picks;
   const int64_t count = labels->data ? task->outer * picks * inner : 0;
-  /* a dimension of one has any stride */
   const bool ignore = task->losses.has_ignore_index;
   if ((inner == 1 || labels->inner == 8) && (picks == 1 || labels->classes == 8 * inner) &&
       (task->outer == 1 || labels->outer == 8 * inner * picks)) {

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -95,23 +95,30 @@ def load(name: str) -> ModuleType:
 # for ever; that is watched from here, as the backend may be imported in the child only. And a child could not finish what
 # another thread was importing or compiling at the fork: the fork waits instead.
 _forked = False
-_held = ExitStack()
+_held: list[Any] = []
 
 
 def _before_fork() -> None:
-    _held.enter_context(_loading)
-    if "numba" in _loaded:
-        _held.enter_context(_loaded["numba"].compiling)
+    _loading.acquire()
+    _held.extend([_loaded["numba"].compiling] if "numba" in _loaded else [])
+    for lock in _held:
+        lock.acquire()
+
+
+def _after_fork() -> None:
+    while _held:
+        _held.pop().release()
+    _loading.release()
 
 
 def _in_child() -> None:
     global _forked
     _forked = True
-    _held.close()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_held.close, after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def _check_name(name: object, source: str) -> str:
