@@ -625,7 +625,8 @@ def of_linear(given, expected):
         dtype = np.result_type(dtype, _rows.row_dtype(_rows.check_floats(np.asarray(bias), "")))
     losses, slopes = of_loss(given | {"logits": logits.astype(dtype), "axis": -1}, [None, None])
     rows = slopes.reshape(math.prod(slopes.shape[:-1]), slopes.shape[-1])
-    x, w = (np.maximum(abs(bounded(one)), BEYOND**-0.25) for one in (x, w))  # what is beyond stays so
+    # What is beyond stays so. A NaN shows in all that it counts for, but not in what an ignored row adds nothing to.
+    x, w = (np.fmax(abs(bounded(one)), BEYOND**-0.25) for one in (x, w))
     grads = [slopes @ w * len(w), rows.T @ x.reshape(len(rows), w.shape[1]) * len(rows)]  # sums in whatever order
     grads += [] if bias is None else [rows.sum(0) * len(rows)]
     return [losses, *grads][: len(expected)]
