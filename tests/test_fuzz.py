@@ -524,7 +524,8 @@ def of_dense(given, expected):
     labels = np.broadcast_to(labels, np.broadcast_shapes(labels.shape, logits.shape))
     terms = np.where(labels == 0, 0, np.where(np.isinf(labels), BEYOND, abs(labels) * -log_p))
     number = _rows.check_single_axis(given["axis"], logits.ndim) - logits.ndim
-    return [total_of(np.moveaxis(terms, number, -1), expected[0].dtype)]
+    terms, factors = (np.moveaxis(one, number, -1) for one in (terms, bounded(labels)))
+    return [total_of(terms, factors, expected[0].dtype)]
 
 
 def bounded(array):
@@ -532,10 +533,10 @@ def bounded(array):
     return np.where(np.isinf(array), BEYOND, array)
 
 
-def total_of(terms, dtype):
-    """Return the sums of rows of terms: beyond the dtype if the finite ones are, whatever the infinite ones."""
+def total_of(terms, factors, dtype):
+    """Return the sums of rows of terms: beyond the dtype if the finite ones are, or factors in them, whatever the others."""
     finite = np.where(np.isfinite(terms), terms, 0).sum(-1)
-    return np.where(is_beyond(finite, dtype), BEYOND, terms.sum(-1))
+    return np.where(is_beyond(finite, dtype) | is_beyond(abs(factors), dtype).any(-1), BEYOND, terms.sum(-1))
 
 
 def of_backward(given, expected):
@@ -591,7 +592,11 @@ def of_loss(given, expected):
         a = np.where((np.isfinite(q) & ~is_beyond(q, real)).all(-1, keepdims=True), a, BEYOND)
     total = abs(top) + log_sum + cap
     p = np.exp(x - top - log_sum)
-    losses = total_of(np.where(a == 0, 0, a * (top + log_sum - x + cap)), real) + z_loss * total[..., 0] ** 2
+    away = (top - x) + log_sum + cap
+    losses = total_of(np.where(a == 0, 0, a * away), a, real) + z_loss * total[..., 0] ** 2
+    if smoothing:  # the classes' distances are summed before they are multiplied with it
+        spread = np.where(np.isfinite(away) & mask, away * abs(weight), 0).sum(-1)
+        losses = np.where(is_beyond(spread, real), BEYOND, losses)
     mass = (a.sum(-1, keepdims=True) + 2 * z_loss * total) * (1 + cap)
     slopes = (mass * p + a) * slope * (1 + cap)
     beyond = is_beyond(mass, real)
@@ -624,6 +629,8 @@ def of_linear(given, expected):
     if bias is not None:
         dtype = np.result_type(dtype, _rows.row_dtype(_rows.check_floats(np.asarray(bias), "")))
     losses, slopes = of_loss(given | {"logits": logits.astype(dtype), "axis": -1}, [None, None])
+    real = _rows.row_dtype(np.dtype(dtype))
+    slopes = slopes + TERM_SCALES.get(real, 0) * limits(real)[1] / limits(real)[0]
     rows = slopes.reshape(math.prod(slopes.shape[:-1]), slopes.shape[-1])
     # What is beyond stays so. A NaN shows in all that it counts for, but not in what an ignored row adds nothing to.
     x, w = (np.fmax(abs(bounded(one)), BEYOND**-0.25) for one in (x, w))
