@@ -616,7 +616,9 @@ def of_loss(given, expected):
     factor = (loss_grad / divisor)[..., None]
     beyond = is_beyond(mass * abs(sample_weight)[..., None] * factor, real) & counted[..., None] & mask
     slopes = np.moveaxis(np.where(beyond, BEYOND, slopes * factor), -1, axis)
-    return [losses if reduction == "none" else losses.sum() / divisor, slopes][: len(expected)]
+    if reduction != "none":
+        losses = np.asarray(BEYOND if is_beyond(losses, real).any() else losses.sum() / divisor)
+    return [losses, slopes][: len(expected)]
 
 
 def of_linear(given, expected):
