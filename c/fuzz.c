@@ -126,19 +126,6 @@ static struct pl_view view_of(const struct array *a)
 
 /* ---- their contents ---- */
 
-static void set_float(char *p, int kind, double value)
-{
-  const float narrow = (float)value;
-  const uint16_t half = kind == PL_FLOAT16 ? pl_to_float16(narrow) : pl_to_bfloat16(narrow);
-  if (kind == PL_FLOAT64) {
-    memcpy(p, &value, sizeof value);
-  } else if (kind == PL_FLOAT32) {
-    memcpy(p, &narrow, sizeof narrow);
-  } else {
-    memcpy(p, &half, sizeof half);
-  }
-}
-
 static double get_float(const char *p, int kind)
 {
   double value;
@@ -172,11 +159,11 @@ static void fill(struct input *in, struct array *a, bool finite)
   {
     char *p = at(a, i, c, j);
     if (way == 0) {
-      set_float(p, a->kind, moderate());
+      pl_set_float(p, a->kind, moderate());
     } else if (way == 1) {
-      set_float(p, a->kind, draw(8) ? floor(moderate()) : special[draw(sizeof special / sizeof *special)]);
+      pl_set_float(p, a->kind, draw(8) ? floor(moderate()) : special[draw(sizeof special / sizeof *special)]);
     } else if (way == 2) {
-      set_float(p, a->kind, offset + moderate());
+      pl_set_float(p, a->kind, offset + moderate());
     } else {
       for (int64_t b = 0; b < item_size(a->kind); b++) p[b] = (char)draw(256);
     }
@@ -398,7 +385,7 @@ static bool tidy(struct array *a)
   EACH(a, i, c, j)
   {
     char *p = at(a, i, c, j);
-    if (a->kind <= PL_FLOAT64 && isnan(get_float(p, a->kind))) set_float(p, a->kind, NAN);
+    if (a->kind <= PL_FLOAT64 && isnan(get_float(p, a->kind))) pl_set_float(p, a->kind, NAN);
     memcpy(elements + (p - a->memory), p, (size_t)item_size(a->kind));
   }
   clean = memcmp(elements, a->memory, a->size) == 0;

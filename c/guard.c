@@ -54,16 +54,7 @@ static void *place(enum array a, int64_t size)
 static void *numbers(enum array a, int dtype, int64_t count)
 {
   char *p = place(a, count * pl_itemsize(dtype));
-  for (int64_t n = 0; n < count; n++) {
-    const float value = (float)((n * 37 + a) % 1009) / 100;
-    if (dtype == PL_FLOAT64) {
-      ((double *)(void *)p)[n] = value;
-    } else if (dtype == PL_FLOAT32) {
-      ((float *)(void *)p)[n] = value;
-    } else {
-      ((uint16_t *)(void *)p)[n] = dtype == PL_FLOAT16 ? pl_to_float16(value) : pl_to_bfloat16(value);
-    }
-  }
+  for (int64_t n = 0; n < count; n++) pl_set_float(p + n * pl_itemsize(dtype), dtype, (double)((n * 37 + a) % 1009) / 100);
   return p;
 }
 

@@ -63,4 +63,18 @@ static inline int64_t pl_itemsize(int dtype)
   return dtype == PL_FLOAT64 ? 8 : dtype == PL_FLOAT32 ? 4 : 2;
 }
 
+/* For programs: a number as an element of a dtype. */
+static inline void pl_set_float(char *p, int dtype, double value)
+{
+  const float narrow = (float)value;
+  const uint16_t half = dtype == PL_FLOAT16 ? pl_to_float16(narrow) : pl_to_bfloat16(narrow);
+  if (dtype == PL_FLOAT64) {
+    memcpy(p, &value, sizeof value);
+  } else if (dtype == PL_FLOAT32) {
+    memcpy(p, &narrow, sizeof narrow);
+  } else {
+    memcpy(p, &half, sizeof half);
+  }
+}
+
 #endif

@@ -798,13 +798,13 @@ def next_best(k, row, classes, first, n, last_value, last, tile, room, seats):
 @device
 def insert(best, values, row, value, at):
     """A class among the best ones of a row, where it is one of them."""
-    i, j, place = row.outer, row.inner, best.shape[2] - 1
-    if not is_before(value, at, values[i, j, place], best[i, j, place]):
+    i, j, rank = row.outer, row.inner, best.shape[2] - 1
+    if not is_before(value, at, values[i, j, rank], best[i, j, rank]):
         return
-    while place > 0 and is_before(value, at, values[i, j, place - 1], best[i, j, place - 1]):
-        values[i, j, place], best[i, j, place] = values[i, j, place - 1], best[i, j, place - 1]
-        place -= 1
-    values[i, j, place], best[i, j, place] = value, at
+    while rank > 0 and is_before(value, at, values[i, j, rank - 1], best[i, j, rank - 1]):
+        values[i, j, rank], best[i, j, rank] = values[i, j, rank - 1], best[i, j, rank - 1]
+        rank -= 1
+    values[i, j, rank], best[i, j, rank] = value, at
 
 
 # ---- over rows: labels and weights before a loss, sums behind it. In float64, as on the CPU: a number or two a row. ----

@@ -95,19 +95,17 @@ def load(name: str) -> ModuleType:
 # for ever; that is watched from here, as the backend may be imported in the child only. And a child could not finish what
 # another thread was importing or compiling at the fork: the fork waits instead.
 _forked = False
-_held: list[Any] = []
 
 
 def _before_fork() -> None:
-    _loading.acquire()
-    _held.extend([_loaded["numba"].compiling] if "numba" in _loaded else [])
-    for lock in _held:
-        lock.acquire()
+    _loading.acquire()  # so that none is loaded until it is released
+    if "numba" in _loaded:
+        _loaded["numba"].compiling.acquire()
 
 
 def _after_fork() -> None:
-    while _held:
-        _held.pop().release()
+    if "numba" in _loaded:
+        _loaded["numba"].compiling.release()
     _loading.release()
 
 
@@ -192,7 +190,7 @@ def get_num_threads() -> int:
         return 1
     if _num_threads is not None:
         return _num_threads
-    if is_available(TABLE[0]):
+    if "c" in _loaded:
         return min(_cores, int(load("c").max_threads()))
     return _cores
 
@@ -277,16 +275,16 @@ def _from_environment() -> str:
         if not threads.isdecimal() or not 1 <= int(threads) <= MAX_THREADS:
             raise ValueError(f"PYLOGITS_NUM_THREADS must be an integer between 1 and {MAX_THREADS}, not {threads!r}")
         _num_threads = int(threads)
+    if is_available(TABLE[0]):
+        load("c")  # and with it OpenMP: `threadpoolctl` limits the libraries that are there
     isa = os.environ.get("PYLOGITS_ISA")
     if isa is not None:
-        if not is_available(TABLE[0]):
+        if "c" not in _loaded:
             raise ValueError(f"PYLOGITS_ISA is {isa!r}, but this build has no C backend")
         try:
             load("c").use_isa(isa)
         except ValueError as error:
             raise ValueError(f"PYLOGITS_ISA: {error}") from None
-    if is_available(TABLE[0]):
-        load("c")  # and with it OpenMP: `threadpoolctl` limits the libraries that are there
     backend = os.environ.get("PYLOGITS_BACKEND")
     if backend is not None:
         return _check_name(backend, "PYLOGITS_BACKEND")

@@ -357,7 +357,7 @@ reduction, out
     Raises
     ------
     TypeError, ValueError
-        As `cross_entropy`; `out` and `grad_out` are then untouched.
+        As `cross_entropy`, or if `out` and `grad_out` overlap; both are then untouched.
 
     Examples
     --------
@@ -410,8 +410,8 @@ def run_cross_entropy(
         answer, grad = _rows.allocate(logits, array.shape, dtype)
     elif differentiate:
         answer, grad = grad_out, _rows.check_out(grad_out, array.shape, dtype, "grad_out", on_gpu)
-    if target is not None and grad is not None and np.shares_memory(target, grad):
-        raise ValueError("out and grad_out overlap: one would overwrite the other")
+        if target is not None and np.shares_memory(target, grad):
+            raise ValueError("out and grad_out overlap: one would overwrite the other")
 
     slopes = None if grad is None else _rows.apart(grad, "grad_out", array, *problem.arrays())
     losses = _rows.empty(logits, problem.result_shape, problem.dtype, out)

@@ -290,11 +290,15 @@ check()
 
 @pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
 def test_threads_and_fork(layer, python):
-    """With any of Numba's layers, installed or not."""
+    """With any of Numba's layers; one that is not installed is never launched."""
     code = """
 import os
+import numba
+from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 check(2)
+with suppress(ValueError):  # not installed
+    assert numba.threading_layer() == LAYER
 with ThreadPoolExecutor(8) as pool:
     for result in [pool.submit(check, 2) for _ in range(400)]:
         result.result()
@@ -305,7 +309,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 check(2)
 """
-    done = python(LOGSUMEXP + code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    done = python(f"LAYER = {layer!r}\n" + LOGSUMEXP + code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
 
 
