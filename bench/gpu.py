@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Callable
 from statistics import median
+from time import perf_counter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from torch.nn import functional
 
 import pylogits
 
-SHAPES = ((4096, 1000), (256, 128256), (1_000_000, 10), (16384, 128))
+SHAPES = ((262144, 1000), (2048, 128256), (25_000_000, 10), (4096, 1000))  # a gigabyte of float32, but for the last
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 30
 FLUSH_BYTES = 1 << 30  # written before every call: it empties the cache, and takes longer than Python takes to launch the call
+SMALL, CALLS = (32, 1000), 300  # what is launched so often, to time Python
 COPY_BYTES = 1 << 30
 
 
@@ -71,6 +73,18 @@ def seconds(flush, call, *arguments):
     return median(times[ROUNDS // 3 :])
 
 
+def launch_seconds(call, *arguments):
+    """Return the time that Python takes for a call, which does not wait for the GPU."""
+    call(*arguments)
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(CALLS):
+        call(*arguments)
+    found = (perf_counter() - start) / CALLS
+    torch.cuda.synchronize()
+    return found
+
+
 def copy_bandwidth(flush):
     """Return the bytes a second, read and written, of a copy."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
@@ -87,7 +101,7 @@ def check(result, expected):
 
 
 def measured():
-    """Yield a record for each operation, dtype and shape."""
+    """Yield a record for each operation, dtype and shape; the last ones are the times of Python."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     bandwidth = copy_bandwidth(flush)
     for name, operation in OPERATIONS.items():
@@ -105,6 +119,15 @@ def measured():
                 limit = operation.logits * x.numel() * x.element_size() / bandwidth
                 shape = f"{rows} x {classes}"
                 yield {"operation": name, "dtype": str(dtype)[6:], "shape": shape, **times, "copy limit": limit}
+    x, labels = torch.randn(SMALL, device="cuda"), torch.randint(SMALL[1], SMALL[:1], device="cuda")
+    for name, operation in OPERATIONS.items():
+        times = {
+            "pylogits": launch_seconds(operation.ours, x, labels),
+            "torch": launch_seconds(operation.torchs, EAGER, x, labels),
+            "compile": launch_seconds(operation.torchs, COMPILED, x, labels),
+        }
+        shape = f"{SMALL[0]} x {SMALL[1]}, launch"
+        yield {"operation": name, "dtype": "float32", "shape": shape, **times, "copy limit": 0.0}
 
 
 def main():

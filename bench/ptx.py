@@ -47,8 +47,8 @@ def signatures(dtype):
 
     full, rows, ones, status = array(element, 3), array(real, 2), array(real, 1), array(types.int32, 1)
     mask, labels, picks = array(yes, 3), array(integer, 2), array(integer, 3)
-    plan = types.NamedTuple([integer] * 2 + [yes] * 4, kernels.Plan)
-    numbers, pair = types.NamedUniTuple(real, 6, kernels.LossNumbers), types.UniTuple(real, 2)
+    plan = types.NamedTuple([integer] * 4 + [yes] * 2 + [integer] * 3, kernels.Plan)
+    numbers, pair = types.NamedUniTuple(real, 3, kernels.LossNumbers), types.UniTuple(real, 2)
     cap = types.NamedUniTuple(real, 4, kernels.Cap)
     scores = types.NamedTuple([labels, rows, rows, rows, picks, array(real, 3), rows, array(yes, 2)], Scores)
 
@@ -56,18 +56,19 @@ def signatures(dtype):
         return types.NamedTuple([given.get(name, no) for name in kernels.LossOptions._fields], kernels.LossOptions)
 
     few = options(labels=labels)
-    many = {"where": mask, "weight": ones, "sample_weight": rows, "loss_grad": rows, "inverse": ones, "cap": cap}
+    many = {"where": mask, "weight": ones, "label_smoothing": real, "sample_weight": rows, "loss_grad": rows}
+    many |= {"inverse": ones, "cap": cap}
     hard, soft = options(labels=labels, ignore_index=integer, **many), options(probabilities=full, **many)
     of = kernels.kernels_of(dtype)
     return {
-        "softmax": (of.softmax, (plan, full, no, pair, yes, full, no)),
-        "softmax, where": (of.softmax, (plan, full, mask, pair, yes, full, no)),
-        "softmax, sums": (of.softmax, (plan, full, no, pair, yes, no, rows)),
+        "softmax": (of.softmax, (plan, full, no, no, no, full, no)),
+        "softmax, log, all options": (of.softmax, (plan, full, mask, pair, yes, full, no)),
+        "softmax, sums": (of.softmax, (plan, full, no, no, no, no, rows)),
         "selective_log_softmax": (of.selective_log_softmax, (plan, full, picks, pair, status, full)),
-        "cross_entropy": (of.cross_entropy, (plan, numbers, full, few, status, rows, no)),
-        "cross_entropy, grad": (of.cross_entropy, (plan, numbers, full, few, status, rows, full)),
-        "cross_entropy, hard, all options": (of.cross_entropy, (plan, numbers, full, hard, status, rows, full)),
-        "cross_entropy, soft, all options": (of.cross_entropy, (plan, numbers, full, soft, status, rows, full)),
+        "cross_entropy": (of.cross_entropy, (plan, numbers, full, few, no, status, rows, no)),
+        "cross_entropy, grad": (of.cross_entropy, (plan, numbers, full, few, no, status, rows, full)),
+        "cross_entropy, hard, all options": (of.cross_entropy, (plan, numbers, full, hard, pair, status, rows, full)),
+        "cross_entropy, soft, all options": (of.cross_entropy, (plan, numbers, full, soft, pair, status, rows, full)),
         "backward": (of.backward, (plan, full, full, yes, full)),
         "score": (of.score, (plan, full, labels, pair, status, scores)),
     }

@@ -2,7 +2,10 @@
 
 A row belongs to LANES threads of a block, a power of two that depends on its length alone. They copy it into shared memory, a
 tile at a time, and go over the tile there: a row that fits into one tile is read once, a longer one once more for an output of
-its size. Sums are pairs, added lane by lane and joined as a tree: a row's bits do not depend on the rows around it.
+its size. Sums are pairs, added lane by lane and joined in one order: a row's bits do not depend on the rows around it.
+
+Loops are `while` loops over uint32, as `range` with a step divides, and a signed index is checked for being negative: with both
+an element took 400 instructions.
 
 What is exact here and why is told in docs/numerics.md; names and constants are those of `kernels/cpu.py`. How kernels are
 launched is decided in `pylogits/_cuda.py`.
@@ -24,41 +27,33 @@ from numba.cuda.cudadrv import nvvm
 from numba.cuda.extending import intrinsic, overload
 from pylogits.kernels.cpu import _F32, _F64
 
-THREADS = 256  # of a block, at most: the size of the room that lanes are joined in
-ROOM = 2 * THREADS  # of numbers: a pair a thread
+THREADS = 256  # of a block, at most
+WARP = 32  # threads that run, and exchange numbers, together
+ROOM = 2 * THREADS  # of numbers that warps are joined in: a pair a thread
 ROWS = 4096  # whose numbers one block adds
 VECTOR_BYTES = 16  # the widest access
 
-# What a kernel is told beside arrays. Plan: elements of a tile, and between the tiles of two rows; whether the class axis is
-# strided; and which of the logits, their companion and the output lie so that 16 bytes are moved at once.
-Plan = namedtuple("Plan", "tile pitch strided logits_whole other_whole out_whole")
+# What a kernel is told beside arrays. Plan: elements of a tile, between the tiles of two rows, and of all tiles; the first
+# class of the last tile; whether the class axis is strided, and whether the rows of a warp are one piece of memory; and of the
+# logits, their companion and the output, by how many elements the first one lies behind a multiple of 16 bytes, or -1 where
+# classes are not side by side.
+Plan = namedtuple("Plan", "tile pitch room last strided together logits other out")
 Cap = namedtuple("Cap", "softcap inverse inverse_lo lowest")
-LossNumbers = namedtuple("LossNumbers", "inverse inverse_lo label_smoothing z_loss scale scale_lo")
+LossNumbers = namedtuple("LossNumbers", "z_loss scale scale_lo")
 LossOptions = namedtuple(
-    "LossOptions", "where probabilities labels ignore_index weight sample_weight loss_grad inverse cap", defaults=[None] * 9
+    "LossOptions",
+    "where probabilities labels ignore_index weight label_smoothing sample_weight loss_grad inverse cap",
+    defaults=[None] * 10,
 )
 
-Row = namedtuple("Row", "outer inner there lane lanes seat start other")
+# `alone`: whether all lanes are in one warp, of which `within` are; `part` numbers the warps of the row, the first at `first`.
+Row = namedtuple("Row", "outer inner there number lane lanes alone within part parts first start other skew other_skew")
 Sums = namedtuple("Sums", "mass mass_lo dot dot_lo")  # of q and q (maximum - x)
 Gathered = namedtuple("Gathered", "maximum total total_lo count targets even")
 
 
-class _Nothing:
-    """How an option that is not used is passed to a kernel: Numba compiles for None, and knows no way to pass it."""
-
-    @staticmethod
-    def prepare_args(kind, value, stream, retr):
-        return (types.CPointer(types.void), 0) if kind == types.none else (kind, value)
-
-
 def device(function):
     return cuda.jit(device=True)(function)
-
-
-def kernel(function):
-    compiled = cuda.jit(function)
-    compiled.extensions.append(_Nothing)
-    return compiled
 
 
 # ---- what Python has no word for ----
@@ -77,6 +72,16 @@ def mul(typingctx, a, b):
         return _spell(builder, "llvm.nvvm.mul.rn.f" if a == types.float32 else "llvm.nvvm.mul.rn.d", *args)
 
     return a(a, a), codegen
+
+
+@intrinsic
+def number(typingctx, like, integer):
+    """An integer as a number of the type of `like`: times one, it would be float64."""
+
+    def codegen(context, builder, signature, args):
+        return context.cast(builder, args[1], integer, like)
+
+    return like(like, integer), codegen
 
 
 @intrinsic
@@ -104,23 +109,27 @@ def power_of(typingctx, x):
     return x(x), codegen
 
 
+def _vector_place(context, builder, kind, array, index_kind, index):
+    """A pointer to 16 bytes of an array: of the GPU's memory, or, with one dimension, of shared memory."""
+    kinds, indices = ([index_kind], [index]) if kind.ndim == 1 else (list(index_kind), cgutils.unpack_tuple(builder, index))
+    indices = [context.cast(builder, one, of, types.intp) for one, of in zip(indices, kinds, strict=True)]
+    place = cgutils.get_item_pointer(context, builder, kind, context.make_array(kind)(context, builder, array), indices)
+    vector, space = ir.VectorType(ir.IntType(32), 4), nvvm.ADDRSPACE_SHARED if kind.ndim == 1 else nvvm.ADDRSPACE_GLOBAL
+    return builder.addrspacecast(builder.bitcast(place, vector.as_pointer()), vector.as_pointer(space))
+
+
 @intrinsic
-def copy_vector(typingctx, target, target_at, source, source_at):
-    """Copies 16 bytes from source[source_at] on to target[target_at] on, both aligned."""
+def copy_vector(typingctx, target, target_at, source, source_at, v):
+    """Copies 16 bytes, the v-th from source[source_at] on, to the v-th from target[target_at] on, both aligned."""
 
     def codegen(context, builder, signature, args):
-        vector = ir.VectorType(ir.IntType(32), 4)
-        places = []
-        for kind, array, index in ((target, *args[:2]), (source, *args[2:])):
-            indices = cgutils.unpack_tuple(builder, index) if kind.ndim > 1 else [index]
-            array = context.make_array(kind)(context, builder, array)
-            place = cgutils.get_item_pointer(context, builder, kind, array, indices)
-            place = builder.bitcast(place, vector.as_pointer())
-            places.append(builder.addrspacecast(place, vector.as_pointer(nvvm.ADDRSPACE_GLOBAL)) if kind.ndim > 1 else place)
-        builder.store(builder.load(places[1], align=VECTOR_BYTES), places[0], align=VECTOR_BYTES)
+        kinds = signature.args
+        to, of = (_vector_place(context, builder, kinds[i], args[i], kinds[i + 1], args[i + 1]) for i in (0, 2))
+        step = [context.cast(builder, args[4], v, types.intp)]
+        builder.store(builder.load(builder.gep(of, step), align=VECTOR_BYTES), builder.gep(to, step), align=VECTOR_BYTES)
         return context.get_dummy_value()
 
-    return types.void(target, target_at, source, source_at), codegen
+    return types.void(target, target_at, source, source_at, v), codegen
 
 
 # ---- elementary functions; a pair is hi + lo, unevaluated ----
@@ -157,6 +166,15 @@ def times(a, b):
 
 
 @device
+def cooled(pair, t):
+    """A pair over the temperature, t being 1 / temperature as one; None for a temperature of 1."""
+    if t is None:
+        return pair
+    else:
+        return times(pair, t)
+
+
+@device
 def rounded(k, pair):
     return pair[0] + pair[1] if finite(k, pair[0]) else pair[0]
 
@@ -173,10 +191,13 @@ def join(k, a, b):
 
 @device
 def exponent(x, maximum, t):
-    """(x - maximum) / temperature as a pair, t being 1 / temperature as one."""
+    """(x - maximum) / temperature as a pair."""
     difference, difference_lo = two_sum(x, -maximum)
-    hi = mul(difference, t[0])
-    return hi, cuda.fma(difference, t[0], -hi) + cuda.fma(difference, t[1], mul(difference_lo, t[0]))
+    if t is None:
+        return difference, difference_lo
+    else:
+        hi = mul(difference, t[0])
+        return hi, cuda.fma(difference, t[0], -hi) + cuda.fma(difference, t[1], mul(difference_lo, t[0]))
 
 
 @device
@@ -306,53 +327,136 @@ def _overload_put(array, at, value):
 
 
 @device
-def place(plan, x):
+def skew(base, together, array, outer, inner):
+    """By how many elements a row, or all `together`, begins behind a multiple of 16 bytes; -1 where classes are not side by
+    side."""
+    offset = 0 if together else outer * (array.strides[0] // array.itemsize) + inner * (array.strides[2] // array.itemsize)
+    return np.int32(-1 if base < 0 else (base + offset) & (VECTOR_BYTES // array.itemsize - 1))
+
+
+@device
+def place(plan, x, other):
     """The row and the lane of this thread. Neighbouring threads read what lies side by side: classes, or else rows."""
     if plan.strided:
-        lane, lanes, row, rows = cuda.threadIdx.y, cuda.blockDim.y, cuda.threadIdx.x, cuda.blockDim.x
+        lane, lanes, seat, rows = cuda.threadIdx.y, cuda.blockDim.y, cuda.threadIdx.x, cuda.blockDim.x
+        within, part, parts = 1, lane, lanes
     else:
-        lane, lanes, row, rows = cuda.threadIdx.x, cuda.blockDim.x, cuda.threadIdx.y, cuda.blockDim.y
-    number = cuda.blockIdx.x * rows + row
+        lane, lanes, seat, rows = cuda.threadIdx.x, cuda.blockDim.x, cuda.threadIdx.y, cuda.blockDim.y
+        within, part, parts = min(lanes, WARP), lane // WARP, max(1, lanes // WARP)
+    number = np.int64(cuda.blockIdx.x) * rows + seat
     there = number < x.shape[0] * x.shape[2]
-    outer = number // x.shape[2] if there else 0
-    inner = number - outer * x.shape[2] if there else 0
-    return Row(outer, inner, there, lane, lanes, row * lanes + lane, row * plan.pitch, (rows + row) * plan.pitch)
+    outer, inner = number if there else 0, 0
+    if x.shape[2] > 1:
+        outer = outer // x.shape[2]
+        inner = number - outer * x.shape[2] if there else 0
+    skewed, other_skewed = skew(plan.logits, plan.together, x, outer, inner), np.int32(0)
+    if other is not None:
+        other_skewed = skew(plan.other, plan.together, other, outer, inner)
+    return Row(
+        outer,
+        inner,
+        there,
+        number,
+        np.uint32(lane),
+        np.uint32(lanes),
+        lanes <= WARP and not plan.strided,
+        np.uint32(within),
+        np.uint32(part),
+        np.uint32(parts),
+        np.uint32(seat * parts),
+        np.uint32(seat * plan.pitch + max(skewed, 0)),
+        np.uint32(plan.room + seat * plan.pitch + max(other_skewed, 0)),
+        skewed,
+        other_skewed,
+    )
+
+
+@device
+def wait(row):
+    """For the threads of a row."""
+    if row.alone:
+        cuda.syncwarp()
+    else:
+        cuda.syncthreads()
 
 
 @device
 def length(plan, row, classes, first):
     """Of the tile that begins at class `first`; none for threads beyond the last row, which only wait with the others."""
-    return min(plan.tile, classes - first) if row.there else 0
+    return np.uint32(min(plan.tile, classes - first) if row.there else 0)
 
 
 @device
-def load(tile, at, whole, x, row, first, n):
-    """The tile that begins at class `first` into shared memory."""
-    per = VECTOR_BYTES // tile.itemsize
-    done = n // per * per if whole else 0
-    for c in range(row.lane * per, done, row.lanes * per):
-        copy_vector(tile, at + c, x, (row.outer, first + c, row.inner))
-    for c in range(done + row.lane, n, row.lanes):
-        tile[at + c] = x[row.outer, first + c, row.inner]
+def move_element(into_tile, tile, at, x, x_at):
+    """Between a tile and an array of rows, as the next two."""
+    if into_tile:
+        tile[at] = x[x_at]
+    else:
+        x[x_at] = tile[at]
 
 
 @device
-def store(tile, at, whole, x, row, first, n):
-    per = VECTOR_BYTES // tile.itemsize
-    done = n // per * per if whole else 0
-    for c in range(row.lane * per, done, row.lanes * per):
-        copy_vector(x, (row.outer, first + c, row.inner), tile, at + c)
-    for c in range(done + row.lane, n, row.lanes):
-        x[row.outer, first + c, row.inner] = tile[at + c]
+def move_vector(into_tile, tile, at, x, x_at, v):
+    if into_tile:
+        copy_vector(tile, at, x, x_at, v)
+    else:
+        copy_vector(x, x_at, tile, at, v)
+
+
+@device
+def move_elements(into_tile, tile, at, x, outer, first, inner, n, lane, lanes):
+    c = lane
+    while c < n:
+        move_element(into_tile, tile, np.uint32(at + c), x, (outer, first + c, inner))
+        c = np.uint32(c + lanes)
+
+
+@device
+def move_row(into_tile, tile, at, skewed, x, outer, first, inner, n, lane, lanes):
+    """n elements of a row, from class `first` on: where they are side by side 16 bytes at once, but for the ends."""
+    if skewed < 0:
+        move_elements(into_tile, tile, at, x, outer, first, inner, n, lane, lanes)
+        return
+    per = np.uint32(VECTOR_BYTES // tile.itemsize)
+    most = np.uint32(per - np.uint32(1))  # of elements at an end
+    head = min(n, np.uint32((per - np.uint32(skewed)) & most))
+    move_elements(into_tile, tile, at, x, outer, first, inner, head, lane, lanes)
+    at, first, n = np.uint32(at + head), first + head, np.uint32(n - head)
+    v, vectors = lane, np.uint32(n // per)
+    while v < vectors:
+        move_vector(into_tile, tile, at, x, (outer, first, inner), v)
+        v = np.uint32(v + lanes)
+    c = np.uint32(vectors * per)
+    move_elements(into_tile, tile, np.uint32(at + c), x, outer, first + c, inner, n & most, lane, lanes)
+
+
+@device
+def move_tile(plan, into_tile, tile, start, skewed, x, row, first, n):
+    """A tile of this thread's row, by its lanes; or all rows of this thread's warp, which are one piece of memory."""
+    outer, inner, lane, lanes = row.outer, row.inner, row.lane, row.lanes
+    if plan.together:
+        lane, lanes = np.uint32(cuda.threadIdx.y % WARP), np.uint32(WARP)
+        outer, inner = row.number - lane, 0
+        n = np.uint32(max(0, min(WARP, x.shape[0] - outer)) * x.shape[1])
+        start = np.uint32(start - lane * np.uint32(plan.pitch))
+    move_row(into_tile, tile, start, skewed, x, outer, first, inner, n, lane, lanes)
 
 
 @device
 def load_both(plan, tile, row, x, other, first, n):
     """A tile of the logits and, where there is one, of the array beside them."""
-    load(tile, row.start, plan.logits_whole, x, row, first, n)
+    move_tile(plan, True, tile, row.start, row.skew, x, row, first, n)
     if other is not None:
-        load(tile, row.other, plan.other_whole, other, row, first, n)
-    cuda.syncthreads()
+        move_tile(plan, True, tile, row.other, row.other_skew, other, row, first, n)
+    wait(row)
+
+
+@device
+def store(plan, tile, row, out, first, n):
+    skewed = skew(plan.out, plan.together, out, row.outer, row.inner)
+    wait(row)
+    move_tile(plan, False, tile, row.start, skewed if skewed == row.skew else np.int32(-1), out, row, first, n)
+    wait(row)
 
 
 @device
@@ -390,40 +494,67 @@ def logit(k, tile, at, cap):
         return capped(k, value, cap)[0]
 
 
-# ---- joining the lanes of a row: a tree in shared memory, the same for every row of a length ----
+# ---- joining the lanes of a row: pairs of them in a warp, then the warps in their order; all lanes get the same ----
+
+
+@device
+def exchange(value, step):
+    """The value of the lane whose number differs by the bit `step`."""
+    return cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
 
 
 @device
 def join_largest(room, row, value):
-    room[row.seat] = value
-    cuda.syncthreads()
-    step = row.lanes // 2
+    step = row.within // np.uint32(2)
     while step > 0:
-        if row.lane < step and room[row.seat + step] > room[row.seat]:
-            room[row.seat] = room[row.seat + step]
+        other = exchange(value, step)
+        if other > value:
+            value = other
+        step //= np.uint32(2)
+    if row.parts > 1:
+        room[row.first + row.part] = value
         cuda.syncthreads()
-        step //= 2
-    value = room[row.seat - row.lane]
-    cuda.syncthreads()
+        i = np.uint32(0)
+        while i < row.parts:
+            if room[row.first + i] > value:
+                value = room[row.first + i]
+            i = np.uint32(i + np.uint32(1))
+        cuda.syncthreads()
     return value
 
 
 @device
-def join_lanes(k, room, row, pair):
-    room[row.seat], room[THREADS + row.seat] = pair
-    cuda.syncthreads()
-    step = row.lanes // 2
-    while step > 0:
-        if row.lane < step:
-            at = row.seat + step
-            mine, other = (room[row.seat], room[THREADS + row.seat]), (room[at], room[THREADS + at])
-            room[row.seat], room[THREADS + row.seat] = join(k, mine, other)
+def join_parts(k, room, row, pair):
+    if row.parts > 1:
+        room[row.first + row.part], room[THREADS + row.first + row.part] = pair
         cuda.syncthreads()
-        step //= 2
-    first = row.seat - row.lane
-    hi, lo = room[first], room[THREADS + first]
-    cuda.syncthreads()
-    return hi, lo
+        pair = room[row.first], room[THREADS + row.first]
+        i = np.uint32(1)
+        while i < row.parts:
+            pair = join(k, pair, (room[row.first + i], room[THREADS + row.first + i]))
+            i = np.uint32(i + np.uint32(1))
+        cuda.syncthreads()
+    return pair
+
+
+@device
+def join_lanes(k, room, row, pair):
+    step = row.within // np.uint32(2)
+    while step > 0:
+        pair = join(k, pair, (exchange(pair[0], step), exchange(pair[1], step)))
+        step //= np.uint32(2)
+    return join_parts(k, room, row, pair)
+
+
+@device
+def join_counts(k, room, row, count):
+    """The sum of integers, as an exact pair."""
+    step = row.within // np.uint32(2)
+    while step > 0:
+        count = np.uint32(count + np.uint32(exchange(np.int32(count), step)))
+        step //= np.uint32(2)
+    hi = number(k.one, count)
+    return join_parts(k, room, row, (hi, number(k.one, np.int32(count - np.uint32(hi)))))
 
 
 @device
@@ -450,186 +581,213 @@ def weigh(k, sums, q, x, maximum):
 
 
 @device
-def move(sums, difference):
+def moved(sums, difference):
     """For a maximum that is larger by a pair."""
     dot, dot_lo = plus((sums.dot, sums.dot_lo), times((sums.mass, sums.mass_lo), difference))
     return Sums(sums.mass, sums.mass_lo, dot, dot_lo)
 
 
 @device
-def gather(k, plan, row, x, other, where, weight, cap, t, spread, tile, room):
-    """The maximum of a row, the sum of the other exponentials as a pair, and with `other` (probabilities) or `spread` (label
-    smoothing) the sums that losses need. Each tile moves what was summed before to the maximum so far."""
+def gather(k, plan, row, x, other, where, weight, cap, t, smoothing, keep, tile, room):
+    """The maximum of a row, the sum of the other exponentials as a pair, and with `other` (probabilities) or `smoothing` (of
+    labels) the sums that losses need. Each tile moves what was summed before to the maximum so far. With `keep` the tile has
+    the exponentials in the end."""
     maximum, reference = -k.infinity, k.zero  # the latter is finite
-    total, total_lo, ones, count = k.zero, k.zero, k.zero, k.zero
+    total, total_lo, ones, count = k.zero, k.zero, np.uint32(0), np.uint32(0)
     targets = even = Sums(k.zero, k.zero, k.zero, k.zero)
-    classes = x.shape[1]
-    for first in range(0, classes, plan.tile):
+    classes, first = x.shape[1], 0
+    while first < classes:
         n = length(plan, row, classes, first)
         load_both(plan, tile, row, x, other, first, n)
-        largest = maximum
-        for c in range(row.lane, n, row.lanes):
-            value = logit(k, tile, row.start + c, cap)
+        largest, c = maximum, row.lane
+        while c < n:
+            value = logit(k, tile, np.uint32(row.start + c), cap)
             if kept(where, row, first + c) and value > largest:
                 largest = value
+            c = np.uint32(c + row.lanes)
         largest = join_largest(room, row, largest)
         if largest > maximum:
-            hi, lo = exponent(maximum, largest, t)
-            factor = exp_pair(k, hi, lo)
-            before = times((total, total_lo), factor)
-            total, total_lo = plus(before, (ones * factor[0] * k.exp_scale, ones * factor[1] * k.exp_scale))
-            ones = k.zero
-            difference = two_sum(largest if finite(k, largest) else k.zero, -reference)
-            targets, even = move(targets, difference), move(even, difference)
-            maximum, reference = largest, reference + difference[0]
-        for c in range(row.lane, n, row.lanes):
+            before, reference = reference, largest if finite(k, largest) else k.zero
+            if first > 0:
+                hi, lo = exponent(maximum, largest, t)
+                factor = exp_pair(k, hi, lo)
+                scale = number(k.one, ones) * k.exp_scale
+                total, total_lo = plus(times((total, total_lo), factor), (scale * factor[0], scale * factor[1]))
+                ones = np.uint32(0)
+                difference = two_sum(reference, -before)
+                targets, even = moved(targets, difference), moved(even, difference)
+            maximum = largest
+        c = row.lane
+        while c < n:
             if kept(where, row, first + c):
-                value = logit(k, tile, row.start + c, cap)
-                count += k.one
-                if value == maximum:  # exact, and one of them is left out of the sum
-                    ones += k.one
-                else:
-                    total, rest = two_sum(total, term(k, value, maximum, t))
-                    total_lo += rest
+                at = np.uint32(row.start + c)
+                value = logit(k, tile, at, cap)
+                e = term(k, value, maximum, t)
+                if keep:
+                    tile[at] = e
+                is_largest = value == maximum  # exact, and one of them is left out of the sum
+                ones = np.uint32(ones + np.uint32(is_largest))
+                total, rest = two_sum(total, k.zero if is_largest else e)
+                total_lo += rest
+                if where is not None:
+                    count = np.uint32(count + np.uint32(1))
                 if other is not None:
-                    q = widen(k, tile[row.other + c]) * weight_at(k, weight, first + c)
+                    q = widen(k, tile[np.uint32(row.other + c)]) * weight_at(k, weight, first + c)
                     targets = weigh(k, targets, q, value, reference)
-                if spread:
+                if smoothing is not None:
                     even = weigh(k, even, weight_at(k, weight, first + c), value, reference)
-        cuda.syncthreads()
+            c = np.uint32(c + row.lanes)
+        first += plan.tile
+        if first < classes:
+            wait(row)
     total, total_lo = join_lanes(k, room, row, (total, total_lo))
-    ones, ones_lo = join_lanes(k, room, row, (ones, k.zero))
+    ones, ones_lo = join_counts(k, room, row, ones)
     hi, lo = two_sum(total / k.exp_scale, ones - k.one)
     lo += total_lo / k.exp_scale + ones_lo
-    count = join_lanes(k, room, row, (count, k.zero))[0]
+    size = number(k.one, classes) if where is None else join_counts(k, room, row, count)[0]
     if other is not None:
         targets = join_sums(k, room, row, targets)
-    if spread:
+    if smoothing is not None:
         even = join_sums(k, room, row, even)
-    return Gathered(maximum, hi, lo, count, targets, even)
+    return Gathered(maximum, hi, lo, size, targets, even)
 
 
 @device
-def finish(k, g):
-    """log1p of the sum as a pair, then the scaled reciprocal of the whole sum as one. Without a finite logit they are NaN."""
-    poison = g.maximum - g.maximum
+def log_of_sum(k, g):
+    """log1p of the sum of the others as a pair; NaN without a finite logit."""
+    hi, lo = log1p_pair(k, g.total, g.total_lo)
+    return hi + (g.maximum - g.maximum), lo
+
+
+@device
+def inverse_of_sum(k, g):
+    """The reciprocal of the whole sum as a pair, scaled as the exponentials are; NaN without a finite logit."""
     whole, whole_lo = two_sum(k.one, g.total)
-    whole, whole_lo = whole + poison, whole_lo + g.total_lo
+    whole, whole_lo = whole + (g.maximum - g.maximum), whole_lo + g.total_lo
     reciprocal = k.one / whole
     residual = cuda.fma(-whole, reciprocal, k.one) - whole_lo * reciprocal
-    log1p, log1p_lo = log1p_pair(k, g.total, g.total_lo)
-    return log1p + poison, log1p_lo, reciprocal / k.exp_scale, residual * reciprocal / k.exp_scale
+    return reciprocal / k.exp_scale, residual * reciprocal / k.exp_scale
 
 
 @device
-def log_sum(k, g, f, t):
+def log_sum(k, g, log1p, t):
     if finite(k, g.maximum):
-        return rounded(k, plus(times((g.maximum, k.zero), t), (f[0], f[1])))
+        return rounded(k, plus(cooled((g.maximum, k.zero), t), log1p))
     return g.maximum if g.total == g.total else g.total
 
 
 @device
-def probability(k, x, g, f, t):
-    e = term(k, x, g.maximum, t)
-    return cuda.fma(e, f[2], e * f[3])
+def probability(k, e, inverse):
+    return cuda.fma(e, inverse[0], e * inverse[1])
 
 
 @device
-def log_probability(k, x, g, f, t):
-    hi, lo = exponent(x, g.maximum, t)
-    return rounded(k, plus((hi, lo), (-f[0], -f[1])))
+def log_probability(k, x, maximum, log1p, t):
+    return rounded(k, plus(exponent(x, maximum, t), (-log1p[0], -log1p[1])))
 
 
 # ---- operations; each has a kernel of its name below ----
 
 
 @device
-def softmax(k, plan, x, where, t, log, out, sums, tile, room):
-    """softmax or log_softmax to `out`, logsumexp to `sums`."""
-    row = place(plan, x)
-    g = gather(k, plan, row, x, None, where, None, None, t, False, tile, room)
-    f = finish(k, g)
+def softmax(k, plan, x, where, t, log, out, sums, exact, tile, room):
+    """softmax or with `log` log_softmax to `out`, logsumexp to `sums`. `exact` where a tile can keep exponentials."""
+    row, classes = place(plan, x, None), x.shape[1]
+    keep = exact and log is None and out is not None and classes <= plan.tile
+    g = gather(k, plan, row, x, None, where, None, None, t, None, keep, tile, room)
+    log1p, inverse = log_of_sum(k, g), inverse_of_sum(k, g)
     if sums is not None and row.there and row.lane == 0:
-        sums[row.outer, row.inner] = log_sum(k, g, f, t)
+        sums[row.outer, row.inner] = log_sum(k, g, log1p, t)
     if out is not None:
-        last = (x.shape[1] - 1) // plan.tile * plan.tile
-        for first in range(last, -1, -plan.tile):
-            n = length(plan, row, x.shape[1], first)
-            if first < last:  # the last tile is still there
+        first = plan.last
+        while first >= 0:
+            n, c = length(plan, row, classes, first), row.lane
+            if first < plan.last:  # the last tile is still there
                 load_both(plan, tile, row, x, None, first, n)
-            for c in range(row.lane, n, row.lanes):
-                value = widen(k, tile[row.start + c])
-                if kept(where, row, first + c):
-                    value = log_probability(k, value, g, f, t) if log else probability(k, value, g, f, t)
+            while c < n:
+                at = np.uint32(row.start + c)
+                if not kept(where, row, first + c):
+                    value = k.zero if log is None else -k.infinity
+                elif log is not None:
+                    value = log_probability(k, widen(k, tile[at]), g.maximum, log1p, t)
                 else:
-                    value = -k.infinity if log else k.zero
-                put(tile, row.start + c, value)
-            cuda.syncthreads()
-            store(tile, row.start, plan.out_whole, out, row, first, n)
-            cuda.syncthreads()
+                    value = widen(k, tile[at])
+                    value = probability(k, value if keep else term(k, value, g.maximum, t), inverse)
+                put(tile, at, value)
+                c = np.uint32(c + row.lanes)
+            store(plan, tile, row, out, first, n)
+            first -= plan.tile
 
 
 @device
 def selective_log_softmax(k, plan, x, indices, t, status, out, tile, room):
     """The log-probabilities of some classes, unless an index is bad."""
-    row = place(plan, x)
-    g = gather(k, plan, row, x, None, None, None, None, t, False, tile, room)
-    f = finish(k, g)
+    row = place(plan, x, None)
+    g = gather(k, plan, row, x, None, None, None, None, t, None, False, tile, room)
+    log1p = log_of_sum(k, g)
     if row.there and status[0] == 0:
-        for j in range(row.lane, indices.shape[1], row.lanes):
+        j = row.lane
+        while j < indices.shape[1]:
             value = widen(k, x[row.outer, indices[row.outer, j, row.inner], row.inner])
-            put(out, (row.outer, j, row.inner), log_probability(k, value, g, f, t))
+            put(out, (row.outer, j, row.inner), log_probability(k, value, g.maximum, log1p, t))
+            j = np.uint32(j + row.lanes)
 
 
 @device
-def close_loss(k, numbers, g, f, t, targets, sample_weight, loss_grad, inverse):
+def close_loss(k, numbers, smoothing, g, log1p, inverse, t, targets, sample_weight, loss_grad, share):
     """The loss of a row, and for its gradient the factor of the terms, and those of q and of each class's weight."""
-    log1p, smoothing = (f[0], f[1]), numbers.label_smoothing
-    keep, even = (k.one - smoothing, k.zero), (smoothing / g.count, k.zero)
+    keep, even = (k.one, k.zero), (k.zero, k.zero)
     dot, mass = (targets.dot, targets.dot_lo), (targets.mass, targets.mass_lo)
-    loss, slope = plus(times(dot, t), times(mass, log1p)), times(keep, mass)
-    # where keep is 0, an infinite loss counts for nothing
-    loss = times(keep, loss) if keep[0] != k.zero else (k.zero, k.zero)
-    if smoothing != k.zero:
+    loss, slope = plus(cooled(dot, t), times(mass, log1p)), mass
+    if smoothing is not None:
+        keep, even = (k.one - smoothing, k.zero), (smoothing / g.count, k.zero)
+        # where keep is 0, an infinite loss counts for nothing
+        loss, slope = times(keep, loss) if keep[0] != k.zero else (k.zero, k.zero), times(keep, mass)
         dot, mass = (g.even.dot, g.even.dot_lo), (g.even.mass, g.even.mass_lo)
-        loss = plus(loss, times(even, plus(times(dot, t), times(mass, log1p))))
+        loss = plus(loss, times(even, plus(cooled(dot, t), times(mass, log1p))))
         slope = plus(slope, times(even, mass))
     if numbers.z_loss != k.zero:
-        log_sum = plus(times((g.maximum, k.zero), t), log1p)
+        log_sum = plus(cooled((g.maximum, k.zero), t), log1p)
         product = times((numbers.z_loss, k.zero), log_sum)
         loss, slope = plus(loss, times(product, log_sum)), plus(slope, times((k.two, k.zero), product))
-    loss = times((loss[0] + k.zero * f[0], loss[1]), (sample_weight, k.zero))  # a NaN shows even where nothing counts
+    loss = times((loss[0] + k.zero * log1p[0], loss[1]), (sample_weight, k.zero))  # NaN shows even where nothing counts
     outer = times(times((numbers.scale, numbers.scale_lo), (sample_weight, k.zero)), (loss_grad, k.zero))
-    outer = times(outer, inverse)
+    outer = times(outer, share)
     main, rest = times(outer, keep), times(outer, even)
-    factor = times(times(outer, slope), (f[2], f[3]))
+    factor = times(times(outer, slope), inverse)
     return rounded(k, loss), factor, main[0] + main[1], rest[0] + rest[1]
 
 
 @device
-def write_slopes(k, plan, row, x, probabilities, where, weight, cap, t, g, loss, label, nothing, grad, tile):
-    """factor e - (keep q + even) of every class, times the derivative of the softcap; 0 where `nothing` counts."""
-    _, factor, keep, even = loss
-    last = (x.shape[1] - 1) // plan.tile * plan.tile
-    for first in range(last, -1, -plan.tile):
-        n = length(plan, row, x.shape[1], first)
-        if first < last:
+def write_slopes(
+    k, plan, row, x, probabilities, where, weight, smoothing, cap, t, keep, maximum, loss, label, nothing, grad, tile
+):
+    """factor e - (main q + even) of every class, times the derivative of the softcap; 0 where `nothing` counts."""
+    _, factor, main, even = loss
+    classes = x.shape[1]
+    first = plan.last
+    while first >= 0:
+        n, c = length(plan, row, classes, first), row.lane
+        if first < plan.last:
             load_both(plan, tile, row, x, probabilities, first, n)
-        for c in range(row.lane, n, row.lanes):
-            value, slope = widen(k, tile[row.start + c]), k.one
+        while c < n:
+            at = np.uint32(row.start + c)
+            value, slope = widen(k, tile[at]), k.one
             if cap is not None:
                 value, slope = capped(k, value, cap)
-            e, of_class = term(k, value, g.maximum, t), weight_at(k, weight, first + c)
-            minus = of_class * even
+            e, minus = value if keep else term(k, value, maximum, t), k.zero
+            if smoothing is not None:
+                minus = weight_at(k, weight, first + c) * even
             if probabilities is not None:
-                minus = cuda.fma(widen(k, tile[row.other + c]) * of_class, keep, minus)
+                q = widen(k, tile[np.uint32(row.other + c)])
+                minus = cuda.fma(q * weight_at(k, weight, first + c), main, minus)
             elif first + c == label:
-                minus = cuda.fma(of_class, keep, minus)
+                minus = cuda.fma(weight_at(k, weight, first + c), main, minus)
             value = cuda.fma(e, factor[0], cuda.fma(e, factor[1], -minus)) * slope
-            put(tile, row.start + c, k.zero if nothing or not kept(where, row, first + c) else value)
-        cuda.syncthreads()
-        store(tile, row.start, plan.out_whole, grad, row, first, n)
-        cuda.syncthreads()
+            put(tile, at, k.zero if nothing or not kept(where, row, first + c) else value)
+            c = np.uint32(c + row.lanes)
+        store(plan, tile, row, grad, first, n)
+        first -= plan.tile
 
 
 @device
@@ -668,58 +826,65 @@ def pair_in(k, array):
 
 
 @device
-def cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room):
+def cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, exact, tile, room):
     """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
-    row, o = place(plan, x), options
-    t, spread = (numbers.inverse, numbers.inverse_lo), numbers.label_smoothing != k.zero
-    g = gather(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, spread, tile, room)
-    f = finish(k, g)
+    o = options
+    row = place(plan, x, o.probabilities)
+    keep = exact and grad is not None and o.cap is None and x.shape[1] <= plan.tile
+    g = gather(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, o.label_smoothing, keep, tile, room)
+    log1p, inverse = log_of_sum(k, g), inverse_of_sum(k, g)
     bad, targets = status[0] != 0, g.targets
     label, ignored = label_at(row, o.labels, o.ignore_index)
     nothing = ignored or g.count == k.zero
     if label >= 0 and row.there and not nothing and not bad:
         targets = of_label(k, row, x, o.weight, o.cap, label, g.maximum if finite(k, g.maximum) else k.zero)
-    inverse = pair_in(k, o.inverse)
-    loss = close_loss(k, numbers, g, f, t, targets, of_row(k, o.sample_weight, row), of_row(k, o.loss_grad, row), inverse)
+    share, sample_weight, loss_grad = pair_in(k, o.inverse), of_row(k, o.sample_weight, row), of_row(k, o.loss_grad, row)
+    loss = close_loss(k, numbers, o.label_smoothing, g, log1p, inverse, t, targets, sample_weight, loss_grad, share)
     if row.there and row.lane == 0 and not bad:
         losses[row.outer, row.inner] = k.zero if nothing else loss[0]
     if grad is not None and not bad:
-        nothing = nothing or inverse[0] == k.zero
-        write_slopes(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, g, loss, label, nothing, grad, tile)
+        q, where, weight, smoothing = o.probabilities, o.where, o.weight, o.label_smoothing
+        nothing = nothing or share[0] == k.zero
+        write_slopes(k, plan, row, x, q, where, weight, smoothing, o.cap, t, keep, g.maximum, loss, label, nothing, grad, tile)
 
 
 @device
 def backward(k, plan, p, grad, log, out, tile, room):
     """p (g - sum(g p)), or with `log` g - exp(log p) sum(g)."""
-    row = place(plan, p)
+    row = place(plan, p, grad)
     sums = k.zero, k.zero
-    for first in range(0, p.shape[1], plan.tile):
-        n = length(plan, row, p.shape[1], first)
+    classes, first = p.shape[1], 0
+    while first < classes:
+        n, c = length(plan, row, classes, first), row.lane
         load_both(plan, tile, row, p, grad, first, n)
-        for c in range(row.lane, n, row.lanes):
-            g, at = widen(k, tile[row.other + c]), k.one if log else widen(k, tile[row.start + c])
+        while c < n:
+            g = widen(k, tile[np.uint32(row.other + c)])
+            at = widen(k, tile[np.uint32(row.start + c)]) if log is None else k.one
             product = mul(g, at)
             sums = plus(sums, (product, cuda.fma(g, at, -product)))
-        cuda.syncthreads()
+            c = np.uint32(c + row.lanes)
+        first += plan.tile
+        if first < classes:
+            wait(row)
     hi, lo = join_lanes(k, room, row, sums)
     lo = lo if finite(k, hi) else k.zero
-    last = (p.shape[1] - 1) // plan.tile * plan.tile
-    for first in range(last, -1, -plan.tile):
-        n = length(plan, row, p.shape[1], first)
-        if first < last:
+    first = plan.last
+    while first >= 0:
+        n, c = length(plan, row, classes, first), row.lane
+        if first < plan.last:
             load_both(plan, tile, row, p, grad, first, n)
-        for c in range(row.lane, n, row.lanes):
-            at, g = widen(k, tile[row.start + c]), widen(k, tile[row.other + c])
-            if log:
-                e = exp_scaled(k, at, k.zero)
-                value = cuda.fma(e, -hi / k.exp_scale, cuda.fma(e, -lo / k.exp_scale, g))
-            else:
+        while c < n:
+            at, g = widen(k, tile[np.uint32(row.start + c)]), widen(k, tile[np.uint32(row.other + c)])
+            if log is None:
                 difference, rest = two_sum(g, -hi)
                 value = at * (difference + (rest - lo))
-            put(tile, row.start + c, value)
-        cuda.syncthreads()
-        store(tile, row.start, plan.out_whole, out, row, first, n)
-        cuda.syncthreads()
+            else:
+                e = exp_scaled(k, at, k.zero)
+                value = cuda.fma(e, -hi / k.exp_scale, cuda.fma(e, -lo / k.exp_scale, g))
+            put(tile, np.uint32(row.start + c), value)
+            c = np.uint32(c + row.lanes)
+        store(plan, tile, row, out, first, n)
+        first -= plan.tile
 
 
 @device
@@ -734,64 +899,72 @@ def is_before(a, i, b, j):
 def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
     """What `pylogits.score` says of a row, unless a label is bad."""
     prediction, confidence, entropy, logsumexp, best, chances, losses, correct = outputs
-    row = place(plan, x)
-    g = gather(k, plan, row, x, None, None, None, None, t, False, tile, room)
-    f = finish(k, g)
+    row = place(plan, x, None)
+    g = gather(k, plan, row, x, None, None, None, None, t, None, False, tile, room)
+    log1p, inverse = log_of_sum(k, g), inverse_of_sum(k, g)
     writes = row.there and row.lane == 0 and status[0] == 0
-    classes = x.shape[1]
+    classes, first = x.shape[1], 0
     sums = k.zero, k.zero
     # The logits of the best classes so far are kept where their probabilities belong.
     for j in range(best.shape[2] if writes else 0):
         best[row.outer, row.inner, j], chances[row.outer, row.inner, j] = classes, -k.infinity
-    for first in range(0, classes, plan.tile):
-        n = length(plan, row, classes, first)
+    while first < classes:
+        n, c = length(plan, row, classes, first), row.lane
         if classes > plan.tile:
+            wait(row)
             load_both(plan, tile, row, x, None, first, n)
-        for c in range(row.lane, n, row.lanes):
-            value = widen(k, tile[row.start + c])
-            hi, lo = exponent(value, g.maximum, t)
+        while c < n:
+            hi, lo = exponent(widen(k, tile[np.uint32(row.start + c)]), g.maximum, t)
             e = exp_scaled(k, hi, lo)
             sums = plus(sums, (k.zero if e == k.zero else -hi * e, k.zero))
-        value, at = k.zero, -1
+            c = np.uint32(c + row.lanes)
+        value, at = k.zero, np.int64(-1)
         for _ in range(best.shape[2]):
             value, at = next_best(k, row, classes, first, n, value, at, tile, room, seats)
             if writes:
                 insert(best, chances, row, value, at)
+        first += plan.tile
     sums = join_lanes(k, room, row, sums)
     if writes:
-        logsumexp[row.outer, row.inner] = log_sum(k, g, f, t)
-        entropy[row.outer, row.inner] = f[0] + (sums[0] + sums[1]) * f[2]
+        logsumexp[row.outer, row.inner] = log_sum(k, g, log1p, t)
+        entropy[row.outer, row.inner] = log1p[0] + (sums[0] + sums[1]) * inverse[0]
         for j in range(best.shape[2]):
-            chances[row.outer, row.inner, j] = probability(k, chances[row.outer, row.inner, j], g, f, t)
+            e = term(k, chances[row.outer, row.inner, j], g.maximum, t)
+            chances[row.outer, row.inner, j] = probability(k, e, inverse)
         at = best[row.outer, row.inner, 0]
         prediction[row.outer, row.inner], confidence[row.outer, row.inner] = at, chances[row.outer, row.inner, 0]
         if labels is not None:
             label = np.int64(labels[row.outer, row.inner])
             of_class = widen(k, x[row.outer, label, row.inner])
-            losses[row.outer, row.inner] = k.zero - log_probability(k, of_class, g, f, t)
+            losses[row.outer, row.inner] = k.zero - log_probability(k, of_class, g.maximum, log1p, t)
             correct[row.outer, row.inner] = at == label
 
 
 @device
 def next_best(k, row, classes, first, n, last_value, last, tile, room, seats):
     """The best class of a tile behind `last`, or of all of it where that is -1; `classes` where there is none."""
-    largest, at = -k.infinity, classes
-    for c in range(row.lane, n, row.lanes):
-        value = widen(k, tile[row.start + c])
+    largest, at, c = -k.infinity, np.int64(classes), row.lane
+    while c < n:
+        value = widen(k, tile[np.uint32(row.start + c)])
         behind = last < 0 or is_before(last_value, last, value, first + c)
         if behind and is_before(value, first + c, largest, at):
-            largest, at = value, first + c
-    room[row.seat], seats[row.seat] = largest, at
-    cuda.syncthreads()
-    step = row.lanes // 2
+            largest, at = value, np.int64(first + c)
+        c = np.uint32(c + row.lanes)
+    step = row.within // np.uint32(2)
     while step > 0:
-        other = row.seat + step
-        if row.lane < step and is_before(room[other], seats[other], room[row.seat], seats[row.seat]):
-            room[row.seat], seats[row.seat] = room[other], seats[other]
+        value, other = exchange(largest, step), exchange(at, step)
+        if is_before(value, other, largest, at):
+            largest, at = value, other
+        step //= np.uint32(2)
+    if row.parts > 1:
+        room[row.first + row.part], seats[row.first + row.part] = largest, at
         cuda.syncthreads()
-        step //= 2
-    largest, at = room[row.seat - row.lane], seats[row.seat - row.lane]
-    cuda.syncthreads()
+        i = np.uint32(0)
+        while i < row.parts:
+            if is_before(room[row.first + i], seats[row.first + i], largest, at):
+                largest, at = room[row.first + i], seats[row.first + i]
+            i = np.uint32(i + np.uint32(1))
+        cuda.syncthreads()
     return largest, at
 
 
@@ -824,12 +997,12 @@ def is_masked(where, outer, label, inner):
         return masked and others
 
 
-@kernel
+@cuda.jit
 def clear(status):
     status[0], status[1] = 0, 0
 
 
-@kernel
+@cuda.jit
 def check_labels(labels, classes, ignore_index, where, status):
     """status[0] = 1 where a label is bad. All threads that write it write the same."""
     outer, picks, inner = labels.shape
@@ -842,7 +1015,7 @@ def check_labels(labels, classes, ignore_index, where, status):
             status[0] = 1
 
 
-@kernel
+@cuda.jit
 def check_finite(numbers, status):
     at, inner = cuda.grid(1), numbers.shape[1]
     if at < numbers.shape[0] * inner:
@@ -866,7 +1039,7 @@ def join_threads(room, value):
     return room[0]
 
 
-@kernel
+@cuda.jit
 def sum_losses(losses, partial):
     """The sums of ROWS rows each."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -894,7 +1067,7 @@ def weight_of_row(labels, ignore_index, sample_weight, weight, weighted, outer, 
     return number
 
 
-@kernel
+@cuda.jit
 def sum_weights(rows, inner, labels, ignore_index, sample_weight, weight, weighted, partial):
     room = cuda.shared.array(THREADS, types.float64)
     total = 0.0
@@ -911,7 +1084,7 @@ def sum_partial(partial, room):
     return join_threads(room, total)
 
 
-@kernel
+@cuda.jit
 def invert_total(partial, denominator, inverse, status):
     """A mean's denominator, and its inverse as a pair; 0 and status[1] = 1 where nothing counts."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -928,7 +1101,7 @@ def invert_total(partial, denominator, inverse, status):
             inverse[1] = cuda.fma(-total, float(inverse[0]), 1.0) / total
 
 
-@kernel
+@cuda.jit
 def reduce_total(partial, known, denominator, mean, result, status):
     """The sum of the losses over the denominator, which is `known`, or made by `invert_total`."""
     room = cuda.shared.array(THREADS, types.float64)
@@ -952,31 +1125,33 @@ def kernels_of(name):
     k, real = (_F64, types.float64) if name == "float64" else (_F32, types.float32)
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(name, real)
 
-    @kernel
+    exact = element is real
+
+    @cuda.jit
     def softmax_kernel(plan, x, where, t, log, out, sums):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        softmax(k, plan, x, where, t, log, out, sums, tile, room)
+        softmax(k, plan, x, where, t, log, out, sums, exact, tile, room)
 
-    @kernel
+    @cuda.jit
     def selective_log_softmax_kernel(plan, x, indices, t, status, out):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         selective_log_softmax(k, plan, x, indices, t, status, out, tile, room)
 
-    @kernel
-    def cross_entropy_kernel(plan, numbers, x, options, status, losses, grad):
+    @cuda.jit
+    def cross_entropy_kernel(plan, numbers, x, options, t, status, losses, grad):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        cross_entropy(k, plan, numbers, x, options, status, losses, grad, tile, room)
+        cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, exact, tile, room)
 
-    @kernel
+    @cuda.jit
     def backward_kernel(plan, p, grad, log, out):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
         backward(k, plan, p, grad, log, out, tile, room)
 
-    @kernel
+    @cuda.jit
     def score_kernel(plan, x, labels, t, status, outputs):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)

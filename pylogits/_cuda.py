@@ -4,30 +4,29 @@ It has the functions of `_reference`, of which none waits for the GPU. Where lab
 `Status`, which has what the kernels found.
 """
 
-import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import array_api_compat
 import ml_dtypes
 import numpy as np
 from numba import cuda
-from numba.core.errors import NumbaPerformanceWarning
 from numpy.lib.array_utils import byte_bounds
 
-from pylogits import _device
+from pylogits import _device, _launch
 from pylogits._device import DeviceArray
 from pylogits._reference import LossOptions, Scores, reciprocal
 from pylogits.kernels import cuda as kernels
 
 DTYPES = frozenset(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
-# Of shared memory for the rows of a block: seven blocks fit into a multiprocessor of an H100, which has 228 KiB.
-TILE_BYTES = 32768
-CLASSES_PER_LANE = 8  # of a short row
+# Of shared memory for the rows of a block: five blocks fit into a multiprocessor of an H100, which has 228 KiB.
+TILE_BYTES = 40960
+CLASSES_PER_LANE = 32  # what is done for a row as a whole is done by every lane
+FEWEST_LANES = 4  # of a row that has more classes than that
 STRIDED_LANES = 8  # of a strided row: 32 rows side by side are whole sectors of memory
 CHECKED = 256  # labels a block
+VECTOR_BYTES: int = kernels.VECTOR_BYTES
 
 
 def is_available() -> bool:
@@ -50,45 +49,15 @@ def allocate(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[A
 def to_host(array: DeviceArray) -> Any:
     """A copy in main memory, as soon as the GPU is done with it."""
     first, end = byte_bounds(array)
-    span = _device.memory(array.owner, (first, False), (end - first,), "|u1")
-    with _on_device(array.owner):
-        numbers = _argument(span).copy_to_host(stream=_stream(array.owner))
-        _stream(array.owner).synchronize()
-    address = array.__array_interface__["data"][0]
-    return np.ndarray(array.shape, array.dtype, numbers, address - first, array.strides)
+    with _launch.on_device(_device.number_of(array.owner)):
+        copied = _launch.copy_to_host(first, end - first, _device.stream_of(array.owner))
+    return np.ndarray(array.shape, array.dtype, copied, array.__array_interface__["data"][0] - first, array.strides)
 
 
-def _storage(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """How kernels take a dtype: Numba does not know bfloat16."""
-    return np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
-
-
-def _on_device(owner: Any) -> AbstractContextManager[Any]:
-    number = _device.number_of(owner)
-    return nullcontext() if number is None else cuda.gpus[number]
-
-
-def _stream(owner: Any) -> Any:
-    handle = _device.stream_of(owner)
-    special = {0: cuda.default_stream, 1: cuda.legacy_default_stream, 2: cuda.per_thread_default_stream}
-    return special[handle]() if handle in special else cuda.external_stream(handle)
-
-
-def _argument(value: Any) -> Any:
-    """As a kernel takes it."""
-    if isinstance(value, DeviceArray):
-        return cuda.as_cuda_array(value.view(_storage(value.dtype)), sync=False)
-    return value._make(map(_argument, value)) if hasattr(value, "_make") else value
-
-
-def _launch(kernel: Any, owner: Any, grid: int, block: tuple[int, int], shared: int, *arguments: Any) -> None:
-    if grid == 0:  # CUDA refuses it
-        return
-    with _on_device(owner):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumbaPerformanceWarning)  # a small grid: a hint for who writes a kernel
-            configured = kernel[grid, block, _stream(owner), shared]
-        configured(*map(_argument, arguments))
+def _call(kernel: Any, owner: Any, grid: int, block: tuple[int, int], shared: int, *arguments: Any) -> None:
+    if grid > 0:  # CUDA refuses none
+        with _launch.on_device(_device.number_of(owner)):
+            _launch.launch(kernel, _device.stream_of(owner), grid, block, shared, arguments)
 
 
 class Status:
@@ -97,7 +66,7 @@ class Status:
     def __init__(self, owner: Any) -> None:
         self.when_empty: Callable[[], None] | None = None
         _, self.words = allocate(owner, (2,), np.dtype(np.int32))
-        _launch(kernels.clear, owner, 1, (1, 1), 0, self.words)
+        _call(kernels.clear, owner, 1, (1, 1), 0, self.words)
 
     def read(self) -> Any:
         return to_host(self.words)
@@ -105,47 +74,62 @@ class Status:
     def check_labels(self, labels: Any, classes: int, ignore_index: int | None, where: DeviceArray | None) -> None:
         """`labels` of shape (outer, K, inner)."""
         grid = -(-labels.size // CHECKED)
-        _launch(kernels.check_labels, labels.owner, grid, (CHECKED, 1), 0, labels, classes, ignore_index, where, self.words)
+        _call(kernels.check_labels, labels.owner, grid, (CHECKED, 1), 0, labels, classes, ignore_index, where, self.words)
 
     def check_finite(self, numbers: DeviceArray) -> None:
         """`numbers` of shape (outer, inner)."""
         grid = -(-numbers.size // CHECKED)
-        _launch(kernels.check_finite, numbers.owner, grid, (CHECKED, 1), 0, numbers, self.words)
+        _call(kernels.check_finite, numbers.owner, grid, (CHECKED, 1), 0, numbers, self.words)
 
 
 # ---- rows ----
 
 
-def _is_whole(array: DeviceArray | None) -> bool:
-    """Whether every row can be moved 16 bytes at once."""
+def _offset(array: DeviceArray | None) -> int:
+    """By how many elements an array begins behind a multiple of 16 bytes, or -1 where classes are not side by side."""
     if array is None or array.strides[1] != array.itemsize:
-        return False
-    steps = [stride for stride, size in zip(array.strides[::2], array.shape[::2], strict=True) if size > 1]
-    address = array.__array_interface__["data"][0]
-    return all(number % kernels.VECTOR_BYTES == 0 for number in (address, *steps))
+        return -1
+    return int(array.__array_interface__["data"][0]) % VECTOR_BYTES // array.itemsize
 
 
-def _launch_rows(
+def _pitch(row_bytes: int, lanes: int, itemsize: int) -> int:
+    """Bytes from one tile to the next in shared memory, so that the lanes of a warp read different banks: there are 32 of four
+    bytes, or 8 of sixteen. A row begins behind as many bytes as it does in memory."""
+    units = -(-row_bytes // VECTOR_BYTES) + 1
+    if lanes < kernels.WARP:
+        units += (max(1, lanes * itemsize // VECTOR_BYTES) - units) % 8
+    return units * VECTOR_BYTES
+
+
+def _call_rows(
     operation: str, logits: DeviceArray, other: DeviceArray | None, out: DeviceArray | None, *arguments: Any
 ) -> None:
     """Call a kernel on all rows. How many lanes and which tile a row gets depends on the rows' length and dtype, and on whether
     they are strided."""
     outer, classes, inner = logits.shape
+    given = [array for array in (logits, other, out) if array is not None]
     strided = inner > 1 and logits.strides[2] < logits.strides[1]
-    lanes = STRIDED_LANES if strided else 4
+    lanes = STRIDED_LANES if strided else 1
     while not strided and lanes < kernels.THREADS and lanes * CLASSES_PER_LANE < classes:
-        lanes *= 2
-    rows = kernels.THREADS // lanes
-    per, operands = kernels.VECTOR_BYTES // logits.itemsize, 1 if other is None else 2
-    most = TILE_BYTES // (rows * operands * logits.itemsize) // per * per
-    tile = max(per, min(most, -(-classes // per) * per))
-    pitch = tile + 1 if strided else tile  # rows side by side in different banks
-    whole = [not strided and _is_whole(array) for array in (logits, other, out)]
-    plan = kernels.Plan(tile, pitch, strided, *whole)
+        lanes = max(FEWEST_LANES, 2 * lanes)
+    size, operands, per = logits.itemsize, 1 if other is None else 2, VECTOR_BYTES // logits.itemsize
+    # As one piece the lanes of a warp, each with a row, would read the same few banks where rows are of 32 bytes or a multiple.
+    together = lanes == 1 and inner == 1 and classes % (2 * per) > 0 and all(array.flags.c_contiguous for array in given)
+    most, rows = TILE_BYTES // operands // size, kernels.THREADS // lanes
+    if strided:
+        tile = max(1, min(classes, most // rows - 1))
+        pitch = tile + 1  # rows side by side are in different banks
+    else:
+        whole = max(1, kernels.WARP // lanes)
+        tile = max(1, min(classes, (most - 2 * per) // per * per))
+        pitch = tile if together else _pitch(tile * size, lanes, size) // size
+        rows = max(1, min(rows, (most - per) // pitch) // whole) * whole  # in whole warps
+    room = -(-(rows * pitch) // per) * per + per
+    last = (classes - 1) // tile * tile
+    plan = kernels.Plan(tile, pitch, room, last, strided, together, *map(_offset, (logits, other, out)))
     kernel = getattr(kernels.kernels_of(logits.dtype.name), operation)
     block = (rows, lanes) if strided else (lanes, rows)
-    shared = rows * pitch * operands * logits.itemsize
-    _launch(kernel, logits.owner, -(-outer * inner // rows), block, shared, plan, *arguments)
+    _call(kernel, logits.owner, -(-outer * inner // rows), block, room * operands * size, plan, *arguments)
 
 
 def _real(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -157,20 +141,21 @@ def _numbers(dtype: np.dtype[Any], *numbers: float) -> tuple[Any, ...]:
     return tuple(map(_real(dtype).type, numbers))
 
 
-def _inverse(temperature: float, dtype: np.dtype[Any]) -> tuple[Any, ...]:
-    return _numbers(dtype, *reciprocal(1.0, temperature, _real(dtype)))
+def _inverse(temperature: float, dtype: np.dtype[Any]) -> tuple[Any, ...] | None:
+    """1 / temperature as a pair; None for 1, as nothing is to be done then."""
+    return None if temperature == 1 else _numbers(dtype, *reciprocal(1.0, temperature, _real(dtype)))
 
 
 def softmax(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), False, out, None)
+    _call_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), None, out, None)
 
 
 def log_softmax(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), True, out, None)
+    _call_rows("softmax", logits, None, out, logits, where, _inverse(temperature, logits.dtype), True, out, None)
 
 
 def logsumexp(logits: DeviceArray, where: DeviceArray | None, temperature: float, out: DeviceArray, threads: int) -> None:
-    _launch_rows("softmax", logits, None, None, logits, where, _inverse(temperature, logits.dtype), False, None, out)
+    _call_rows("softmax", logits, None, None, logits, where, _inverse(temperature, logits.dtype), None, None, out)
 
 
 def selective_log_softmax(
@@ -179,16 +164,16 @@ def selective_log_softmax(
     status = Status(logits.owner)
     status.check_labels(indices, logits.shape[1], None, None)
     inverse = _inverse(temperature, logits.dtype)
-    _launch_rows("selective_log_softmax", logits, None, None, logits, indices, inverse, status.words, out)
+    _call_rows("selective_log_softmax", logits, None, None, logits, indices, inverse, status.words, out)
     return status
 
 
 def softmax_backward(probs: DeviceArray, grad: DeviceArray, out: DeviceArray, threads: int) -> None:
-    _launch_rows("backward", probs, grad, out, probs, grad, False, out)
+    _call_rows("backward", probs, grad, out, probs, grad, None, out)
 
 
 def log_softmax_backward(log_probs: DeviceArray, grad: DeviceArray, out: DeviceArray, threads: int) -> None:
-    _launch_rows("backward", log_probs, grad, out, log_probs, grad, True, out)
+    _call_rows("backward", log_probs, grad, out, log_probs, grad, True, out)
 
 
 def score(logits: DeviceArray, targets: DeviceArray | None, temperature: float, scores: Scores, threads: int) -> Status:
@@ -196,7 +181,7 @@ def score(logits: DeviceArray, targets: DeviceArray | None, temperature: float, 
     if targets is not None:
         status.check_labels(targets[:, None], logits.shape[1], None, None)
     inverse = _inverse(temperature, logits.dtype)
-    _launch_rows("score", logits, None, None, logits, targets, inverse, status.words, scores)
+    _call_rows("score", logits, None, None, logits, targets, inverse, status.words, scores)
     return status
 
 
@@ -249,19 +234,17 @@ def cross_entropy(
         _, inverse = allocate(owner, (2,), _real(dtype))
         row_weights = labels, options.ignore_index, sample_weight, weight if reduction.weighted else None, reduction.weighted
         partial = _sum_rows(kernels.sum_weights, losses, *losses.shape, *row_weights)
-        _launch(kernels.invert_total, owner, 1, (kernels.THREADS, 1), 0, partial, denominator, inverse, status.words)
-    numbers = kernels.LossNumbers(
-        *_inverse(1.0 if options.softcap else options.temperature, dtype),
-        *_numbers(dtype, options.label_smoothing, options.z_loss, *options.scale),
-    )
-    given = kernels.LossOptions(
-        where, probabilities, labels, options.ignore_index, weight, sample_weight, loss_grad, inverse, _cap(options, dtype)
-    )
-    _launch_rows("cross_entropy", logits, probabilities, grad, numbers, logits, given, status.words, losses, grad)
+        _call(kernels.invert_total, owner, 1, (kernels.THREADS, 1), 0, partial, denominator, inverse, status.words)
+    numbers = kernels.LossNumbers(*_numbers(dtype, options.z_loss, *options.scale))
+    smoothing = _numbers(dtype, options.label_smoothing)[0] if options.label_smoothing else None
+    of_classes = where, probabilities, labels, options.ignore_index, weight, smoothing
+    given = kernels.LossOptions(*of_classes, sample_weight, loss_grad, inverse, _cap(options, dtype))
+    cooling = _inverse(1.0 if options.softcap else options.temperature, dtype)
+    _call_rows("cross_entropy", logits, probabilities, grad, numbers, logits, given, cooling, status.words, losses, grad)
     if reduction.result is not None:
         partial = _sum_rows(kernels.sum_losses, losses, losses)
         closing = partial, reduction.denominator or 0.0, denominator, reduction.mean, reduction.result, status.words
-        _launch(kernels.reduce_total, owner, 1, (kernels.THREADS, 1), 0, *closing)
+        _call(kernels.reduce_total, owner, 1, (kernels.THREADS, 1), 0, *closing)
     checked = labels is not None or sample_weight is not None or weight is not None
     return status if checked else None
 
@@ -270,7 +253,7 @@ def _sum_rows(kernel: Any, losses: DeviceArray, *arguments: Any) -> DeviceArray:
     """One sum of each kernels.ROWS rows."""
     grid = -(-losses.size // kernels.ROWS)
     _, partial = allocate(losses.owner, (grid,), np.dtype(np.float64))
-    _launch(kernel, losses.owner, grid, (kernels.THREADS, 1), 0, *arguments, partial)
+    _call(kernel, losses.owner, grid, (kernels.THREADS, 1), 0, *arguments, partial)
     return partial
 
 

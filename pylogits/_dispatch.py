@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ def threads_for(name: str, operation: str, dtype: np.dtype[Any], elements: int) 
     return get_num_threads()
 
 
+@cache
 def on_gpu() -> ModuleType:
     """The backend module for arrays on a GPU."""
     try:

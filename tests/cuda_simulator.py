@@ -3,12 +3,18 @@
 import ctypes
 import ctypes.util
 import sys
+import threading
+from contextlib import nullcontext
 
+import ml_dtypes
 import numpy as np
 from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 from pylogits.kernels import cuda as kernels
+
+from pylogits import _launch
+from pylogits._device import DeviceArray
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _FMA = {np.float32: (_libm.fmaf, ctypes.c_float), np.float64: (_libm.fma, ctypes.c_double)}
@@ -47,28 +53,84 @@ def power_of(x):
     return type(x)(power - (fraction < np.sqrt(0.5)))
 
 
-def copy_vector(target, target_at, source, source_at):
+def number(like, integer):
+    return type(like)(integer)
+
+
+def from_here(array, at, count):
+    """So many elements from an index on, side by side in memory: at the end of a row the next one begins."""
+    item = vars(array).get("_item", array) if hasattr(array, "__dict__") else array
+    numbers = getattr(item, "_ary", item)
+    at = at if isinstance(at, tuple) else (at,)
+    classes, others = int(at[-2 if len(at) == 3 else 0]), tuple(slice(int(i), None) for i in at)
+    if len(at) == 3:
+        others = (others[0], slice(0, None), others[2])
+    start = numbers[others] if len(at) == 3 else numbers
+    step = numbers.strides[1] if len(at) == 3 else numbers.strides[0]
+    return np.lib.stride_tricks.as_strided(start, (classes + count,), (step,))[classes:]
+
+
+def copy_vector(target, target_at, source, source_at, v):
     """16 bytes, element by element."""
+    per = 16 // target.dtype.itemsize
+    to, of = (from_here(array, at, (int(v) + 1) * per) for array, at in ((target, target_at), (source, source_at)))
+    to[-per:] = of[-per:]
 
-    def along(at, array, step):
-        return (at[0], at[1] + step, at[2]) if array.ndim == 3 else at + step
 
-    for step in range(16 // target.dtype.itemsize):
-        target[along(target_at, target, step)] = source[along(source_at, source, step)]
+def move_element(into_tile, tile, at, x, x_at):
+    target, source = (tile, at), (x, x_at)
+    if not into_tile:
+        target, source = source, target
+    from_here(*target, 1)[0] = from_here(*source, 1)[0]
+
+
+_exchanged = {}
+
+
+def exchange(value, step):
+    """What the thread of a warp has whose number differs by a bit; all threads of a block come here together."""
+    thread = threading.current_thread()
+    _exchanged[thread.thread_id] = value
+    thread.syncthreads()
+    other = _exchanged[thread.thread_id ^ int(step)]
+    thread.syncthreads()
+    return other
+
+
+def wait(row):
+    threading.current_thread().syncthreads()
 
 
 def interface_of(array):
     return {**array._ary.__array_interface__, "version": 3}
 
 
-def as_cuda_array(array, sync):
-    return FakeCUDAArray(np.asarray(array).view(np.ndarray))
+def argument(value):
+    """As a simulated kernel takes it."""
+    if isinstance(value, DeviceArray):
+        value = value.view(np.uint16) if value.dtype == ml_dtypes.bfloat16 else value
+        return FakeCUDAArray(np.asarray(value).view(np.ndarray))
+    return value._make(map(argument, value)) if hasattr(value, "_make") else value
+
+
+def launch(kernel, stream, grid, block, shared, arguments):
+    kernel[grid, block, 0, shared](*map(argument, arguments))
+
+
+def copy_to_host(address, count, stream):
+    return np.frombuffer(ctypes.string_at(address, count), np.uint8)
+
+
+def on_device(number):
+    return nullcontext()
 
 
 def install():
     FakeCUDAModule.fma, FakeCUDAShared.array = fma, shared_array
     FakeCUDAArray.__cuda_array_interface__ = property(interface_of)
-    cuda.as_cuda_array = as_cuda_array
+    for twin in (launch, copy_to_host, on_device):
+        setattr(_launch, twin.__name__, twin)
     cuda.is_available = lambda: True
-    kernels.mul, kernels.scale_of, kernels.power_of, kernels.copy_vector = mul, scale_of, power_of, copy_vector
+    for twin in (mul, number, scale_of, power_of, copy_vector, move_element, exchange, wait):
+        setattr(kernels, twin.__name__, twin)
     sys.setswitchinterval(1e-5)  # the threads of a block wait for one another all the time

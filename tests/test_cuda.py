@@ -1,14 +1,18 @@
 """Arrays on a GPU, tested on a machine without one: what is said there, the kernels in Numba's simulator, and their PTX."""
 
+import ctypes
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import pylogits
+from pylogits import Scores, _device
+from pylogits._reference import LossOptions
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
@@ -30,7 +34,7 @@ def simulated():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     yield process
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 @pytest.mark.parametrize("function", [pylogits.softmax, pylogits.logsumexp, pylogits.score])
@@ -80,14 +84,48 @@ def test_ptx(dtype):
             assert one.count(r"\.extern \.shared \.align 16\b") == 1, one[:3]  # of the tile, for vectors
 
 
-def test_an_option_that_is_not_used_is_a_null_pointer():
-    from numba import types
-    from numba.cuda.dispatcher import _Kernel
-    from pylogits.kernels import cuda as kernels
+def on_gpu(dtype, *shape):
+    """An array somewhere on a GPU."""
+    return _device.memory(None, (1 << 40, False), shape, dtype)
 
-    passed = []
-    _Kernel._prepare_args(SimpleNamespace(extensions=kernels.clear.extensions), types.none, None, 0, [], passed)
-    assert passed == [0]
+
+def test_arguments_are_passed_as_kernels_take_them(monkeypatch):
+    """Their number and sizes, for calls with few options and with many."""
+    import ptx
+
+    from pylogits import _cuda, _launch
+
+    calls = []
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, stream, grid, block, shared, arguments: calls.append((kernel, arguments))
+    )
+    monkeypatch.setattr(_launch, "on_device", lambda number: nullcontext())
+    monkeypatch.setattr(_device, "stream_of", lambda owner: 0)
+    monkeypatch.setattr(_cuda, "allocate", lambda like, shape, dtype: (None, on_gpu(dtype.str, *shape)))
+    x, where, rows, labels = on_gpu("<f4", 5, 40, 1), on_gpu("|b1", 5, 40, 1), on_gpu("<f4", 5, 1), on_gpu("<i8", 5, 1)
+    few = LossOptions()
+    many = LossOptions(on_gpu("<f4", 40), 3, label_smoothing=0.1, z_loss=0.1, softcap=5.0, temperature=0.7)
+    mean = _cuda.Reduction(on_gpu("<f4", 1), denominator=None, mean=True)
+    _cuda.softmax(on_gpu("<V2", 5, 40, 1), None, 1.0, on_gpu("<V2", 5, 40, 1), 1)
+    _cuda.log_softmax(x, where, 2.0, x, 1)
+    _cuda.cross_entropy(x, None, None, labels, None, None, None, rows, few, _cuda.Reduction())
+    _cuda.cross_entropy(x, where, x, None, rows, rows, x, rows, many, mean)
+    _cuda.score(
+        x,
+        labels,
+        1.0,
+        Scores(labels, rows, rows, rows, on_gpu("<i8", 5, 1, 3), on_gpu("<f4", 5, 1, 3), rows, on_gpu("|b1", 5, 1)),
+        1,
+    )
+    sizes = {bool: 1, int: ctypes.sizeof(ctypes.c_void_p)}
+    for kernel, arguments in calls:
+        kinds, passed = [], []
+        _launch._flatten(arguments, kinds, passed)
+        text = ptx.compile_ptx(kernel, tuple(map(_launch._type_of, arguments)), 90)
+        taken = [
+            int(bits) // 8 for bits in re.findall(r"\.param [^,)]*?\.[ubf](\d+)\s[^,)]*_param_\d+", text.partition("{")[0])
+        ]
+        assert [sizes.get(type(value)) or ctypes.sizeof(value) for value in passed] == taken, kernel
 
 
 def test_in_the_simulator(simulated):

@@ -5,6 +5,7 @@ The simulator runs a thread of a block as a thread of Python: blocks are of 8 th
 
 import importlib
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ if SIMULATED:
 elif not cuda.is_available():
     pytest.skip("there is no GPU; in the simulator these tests are run by test_cuda.py", allow_module_level=True)
 
-_cuda = importlib.import_module("pylogits._cuda")
+_cuda, _launch = importlib.import_module("pylogits._cuda"), importlib.import_module("pylogits._launch")
 kernels = importlib.import_module("pylogits.kernels.cuda")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the simulator
@@ -35,19 +36,31 @@ ULP = {"float32": 2, "float64": 3}
 def small_blocks(monkeypatch):
     if SIMULATED:
         monkeypatch.setattr(kernels, "THREADS", 8)
+        monkeypatch.setattr(kernels, "WARP", 4)
         monkeypatch.setattr(kernels, "ROWS", 16)
         monkeypatch.setattr(_cuda, "CHECKED", 8)
         monkeypatch.setattr(_cuda, "STRIDED_LANES", 2)
-        monkeypatch.setattr(_cuda, "TILE_BYTES", 256)
+        monkeypatch.setattr(_cuda, "CLASSES_PER_LANE", 8)
+        monkeypatch.setattr(_cuda, "FEWEST_LANES", 2)
+        monkeypatch.setattr(_cuda, "TILE_BYTES", 512)
 
 
 def to_gpu(value):
-    return cuda.to_device(value) if isinstance(value, np.ndarray) else value
+    """An array of Numba's; a bfloat16 one of torch's, as Numba has none."""
+    if not isinstance(value, np.ndarray):
+        return value
+    if SIMULATED or value.dtype != dtype_of("bfloat16"):
+        return cuda.to_device(value)
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(np.ascontiguousarray(value).view(np.uint16)).cuda().view(torch.bfloat16)
 
 
 def to_host(value):
     if isinstance(value, tuple):
         return type(value)(*map(to_host, value)) if hasattr(value, "_fields") else tuple(map(to_host, value))
+    if hasattr(value, "untyped_storage"):  # torch's
+        bits = value.view(getattr(sys.modules["torch"], f"uint{8 * value.itemsize}"))
+        return bits.cpu().numpy().view(dtype_of(str(value.dtype).removeprefix("torch.")))
     return value.copy_to_host() if hasattr(value, "copy_to_host") else value
 
 
@@ -91,9 +104,12 @@ def test_the_simulator_computes_as_a_gpu_does():
     assert cuda_simulator.scale_of(kernels._F32.round_shift - real(3)) == 2.0**-3 * kernels._F32.exp_scale
     halves = np.arange(16, dtype=np.float16)
     copied = np.zeros((1, 24, 1), np.float16)
-    cuda_simulator.copy_vector(copied, (0, 8, 0), halves, 4)
-    np.testing.assert_array_equal(copied[0, 8:16, 0], halves[4:12])
-    assert copied.sum() == halves[4:12].sum()
+    cuda_simulator.copy_vector(copied, (0, 0, 0), halves, 0, 1)
+    np.testing.assert_array_equal(copied[0, 8:16, 0], halves[8:16])
+    assert copied.sum() == halves[8:16].sum()
+    rows = np.zeros((2, 3, 1), np.float32)
+    cuda_simulator.move_element(False, np.float32([7]), 0, rows, (0, 4, 0))
+    assert rows[1, 1, 0] == 7 and rows.sum() == 7
 
 
 @pytest.mark.parametrize("op", OPS + LOSSES)
@@ -387,7 +403,12 @@ def test_results_come_from_the_library_and_by_way_of_its_stream(monkeypatch):
     if not SIMULATED:
         pytest.skip("the simulator takes memory of the CPU for that of a GPU")
     streams = []
-    monkeypatch.setattr(cuda, "external_stream", lambda number: streams.append(number) or cuda.default_stream())
+
+    def launch(kernel, stream, *rest):
+        streams.append(stream)
+        cuda_simulator.launch(kernel, stream, *rest)
+
+    monkeypatch.setattr(_launch, "launch", launch)
     loss, grad = value_and_grad(OfALibrary(X), OfALibrary(np.array([1, 2])))
     assert isinstance(loss, OfALibrary) and isinstance(grad, OfALibrary)
     np.testing.assert_allclose(loss.array, 0.8393433, rtol=1e-6)

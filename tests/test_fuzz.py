@@ -565,8 +565,10 @@ def of_loss(given, expected):
     cap, slope = np.longdouble(0), 1 / number("temperature", 1)
     if given.get("softcap") is not None:
         cap = number("softcap", 1)
-        slope = slope * (1 / np.cosh(x / cap) ** 2 + np.where(abs(x / cap) > 20, SATURATED / limits(real)[0], 0))
-        x = cap * np.tanh(x / cap)
+        x = x / cap
+        size = 1 + np.minimum(abs(x), 20) / 4  # 2 x / cap is rounded before it is an exponent
+        slope = slope * (size / np.cosh(x) ** 2 + np.where(abs(x) > 20, SATURATED / limits(real)[0], 0))
+        x = cap * np.tanh(x)
     mask = np.moveaxis(np.broadcast_to(True if given.get("where") is None else given["where"], logits.shape), axis, -1)
     x = np.where(mask, x, -np.inf)
     top = x.max(-1, keepdims=True)
@@ -614,7 +616,8 @@ def of_loss(given, expected):
     loss_grad = np.broadcast_to(abs(bounded(loss_grad.astype(real).astype(np.longdouble))), counted.shape)
     loss_grad = np.maximum(loss_grad, BEYOND**-0.25)  # what is beyond stays so
     factor = (loss_grad / divisor)[..., None]
-    beyond = is_beyond(mass * abs(sample_weight)[..., None] * factor, real) & counted[..., None] & mask
+    beyond = is_beyond(mass * abs(sample_weight)[..., None] * factor, real) | is_beyond(1 / np.longdouble(divisor), real)
+    beyond = beyond & counted[..., None] & mask
     slopes = np.moveaxis(np.where(beyond, BEYOND, slopes * factor), -1, axis)
     if reduction != "none":
         losses = np.asarray(BEYOND if is_beyond(losses, real).any() else losses.sum() / divisor)

@@ -21,7 +21,7 @@ LAYERS = (
     ("_rows",),
     ("_dispatch",),
     ("_simd", "_cuda"),
-    ("kernels", "_reference"),
+    ("kernels", "_reference", "_launch"),
     ("_c", "_crossovers", "_float_state", "_device"),  # the compiled extension; what any may use
 )
 # The same in pylogits/batch.
