@@ -126,7 +126,8 @@ def _call_rows(
         rows = max(1, min(rows, (most - per) // pitch) // whole) * whole  # in whole warps
     room = -(-(rows * pitch) // per) * per + per
     last = (classes - 1) // tile * tile
-    plan = kernels.Plan(tile, pitch, room, last, strided, together, *map(_offset, (logits, other, out)))
+    offsets = [-1 if strided else _offset(array) for array in (logits, other, out)]
+    plan = kernels.Plan(tile, pitch, room, last, strided, together, *offsets)
     kernel = getattr(kernels.kernels_of(logits.dtype.name), operation)
     block = (rows, lanes) if strided else (lanes, rows)
     _call(kernel, logits.owner, -(-outer * inner // rows), block, room * operands * size, plan, *arguments)

@@ -74,6 +74,9 @@ def copy_vector(target, target_at, source, source_at, v):
     """16 bytes, element by element."""
     per = 16 // target.dtype.itemsize
     to, of = (from_here(array, at, (int(v) + 1) * per) for array, at in ((target, target_at), (source, source_at)))
+    for part, at in ((to, target_at), (of, source_at)):  # a tile begins at a multiple of 16 bytes
+        place = part.ctypes.data if isinstance(at, tuple) else int(at) * part.itemsize
+        assert place % 16 == 0, "a vector is not aligned"
     to[-per:] = of[-per:]
 
 

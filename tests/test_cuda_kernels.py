@@ -372,6 +372,12 @@ def test_views():
     x = np.random.default_rng(6).standard_normal((4, 24)).astype(np.float32)
     view = cuda.to_device(x)[1:, ::2]
     np.testing.assert_allclose(to_host(pylogits.softmax(view)), pylogits.softmax(x[1:, ::2]), rtol=3e-7)
+    memory = cuda.to_device(x.reshape(-1))
+    for start in (1, 3):  # rows of every alignment
+        rows = memory[start : start + 60].reshape(4, 15)
+        np.testing.assert_allclose(
+            to_host(pylogits.softmax(rows)), pylogits.softmax(x.reshape(-1)[start : start + 60].reshape(4, 15)), rtol=3e-7
+        )
     scalar = pylogits.logsumexp(cuda.to_device(x), axis=None)
     assert scalar.shape == ()
     np.testing.assert_allclose(to_host(scalar), pylogits.logsumexp(x, axis=None), rtol=3e-7)
@@ -414,6 +420,14 @@ def test_results_come_from_the_library_and_by_way_of_its_stream(monkeypatch):
     np.testing.assert_allclose(loss.array, 0.8393433, rtol=1e-6)
     np.testing.assert_allclose(grad.array, [[0.1139314, -0.1903021, 0.0763706], [0.2483731, 0.1009809, -0.349354]], rtol=1e-5)
     assert set(streams) == {7}
+
+
+def test_rows_that_are_all_the_same_memory():
+    if not SIMULATED:
+        pytest.skip("test_gpu.py has it with tensors")
+    x = np.random.default_rng(8).standard_normal((2, 40, 1)).astype(np.float32)
+    wide = np.broadcast_to(x, (2, 40, 3))
+    np.testing.assert_allclose(pylogits.logsumexp(OfALibrary(wide), axis=1).array, pylogits.logsumexp(wide, axis=1), rtol=3e-7)
 
 
 def test_empty():

@@ -69,6 +69,14 @@ def test_rows_that_are_not_aligned():
             assert (out[: start + 1] == 5).all() and (out[start + 1 + 3 * classes :] == 5).all()
 
 
+def test_rows_that_are_all_the_same_memory():
+    x = randn(3, 40)
+    torch.testing.assert_close(
+        pylogits.softmax(x[:, :, None].expand(3, 40, 5), 1), torch.softmax(x[:, :, None].expand(3, 40, 5), 1)
+    )
+    torch.testing.assert_close(pylogits.softmax(x[:1].expand(9, 40)), torch.softmax(x[:1].expand(9, 40), -1))
+
+
 def test_results_are_tensors_of_the_current_stream():
     x, labels = torch.zeros(512, 1000, device="cuda"), torch.randint(1000, (512,), device="cuda")
     pylogits.softmax(x)  # compiles
