@@ -2062,6 +2062,52 @@ def score_rows(
             correct[i, j] = label == prediction[i, j]
 
 
+# ---- half precision, whose rows come as copies in float32: the bits that NumPy makes, which takes 0.7 ns a bfloat16 and 6 ns a
+# float16 there and back, and these 0.3 and 0.8 ----
+
+
+def widen_bfloat16(halves, numbers):
+    for i in range(halves.size):
+        numbers[i] = np.uint32(halves[i]) << np.uint32(16)
+
+
+def narrow_bfloat16(numbers, halves):
+    for i in range(halves.size):
+        number = numbers[i]
+        odd = (number >> np.uint32(16)) & np.uint32(1)
+        nearest = np.uint32(number + np.uint32(0x7FFF) + odd)
+        is_nan = np.uint32(number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        nan = np.uint32((number & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+        halves[i] = np.uint32(nan if is_nan else nearest) >> np.uint32(16)
+
+
+def widen_float16(halves, numbers):
+    for i in range(halves.size):
+        half = np.uint32(halves[i])
+        size = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
+        finite = np.float32(np.uint32(size).view(np.float32) * np.float32(2.0**112))  # exact, of subnormal numbers too
+        beyond = np.uint32(size | np.uint32(0x7F800000))
+        size = beyond if size >= np.uint32(0x0F800000) else np.float32(finite).view(np.uint32)
+        numbers[i] = size | ((half & np.uint32(0x8000)) << np.uint32(16))
+
+
+def narrow_float16(numbers, halves):
+    for i in range(halves.size):
+        number = numbers[i]
+        size = np.uint32(number & np.uint32(0x7FFFFFFF))
+        odd = (size >> np.uint32(13)) & np.uint32(1)
+        nearest = np.uint32(size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+        # beside 1/2 the last bit of a number counts for as much as that of a subnormal float16
+        moved = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
+        subnormal = np.uint32(np.float32(moved).view(np.uint32) - np.uint32(0x3F000000))
+        payload = np.uint32((size >> np.uint32(13)) & np.uint32(0x3FF))
+        half = np.uint32(subnormal if size < np.uint32(0x38800000) else nearest)
+        half = np.uint32(np.uint32(0x7C00) if size >= np.uint32(0x47800000) else half)
+        nan = np.uint32(0x7C00) | np.uint32(max(payload, np.uint32(1)))
+        half = np.uint32(nan if size > np.uint32(0x7F800000) else half)
+        halves[i] = half | ((number >> np.uint32(16)) & np.uint32(0x8000))
+
+
 # ---- the operations on pieces of rows, serial or parallel ----
 
 
@@ -2230,11 +2276,17 @@ def _array(dtype, ndim):
     return types.Array(dtype, ndim, "A", aligned=False)
 
 
+_HALVES = {"bfloat16": (widen_bfloat16, narrow_bfloat16), "float16": (widen_float16, narrow_float16)}
+
+
 def _signature(function, real):
+    halves, numbers = (types.Array(bits, 1, "C", aligned=False) for bits in (types.uint16, types.uint32))
     full, per_row, per_top = _array(real, 3), _array(real, 2), _array(real, 3)
     where, labels, label = _array(types.uint8, 3), _array(types.int64, 3), _array(types.int64, 2)
     flag, count = types.boolean, types.intp
     return {
+        **dict.fromkeys((widen_bfloat16, widen_float16), (halves, numbers)),
+        **dict.fromkeys((narrow_bfloat16, narrow_float16), (numbers, halves)),
         softmax_pieces: (full, where, real, flag, full, count, count),
         logsumexp_pieces: (full, where, real, per_row, count, count),
         pick_pieces: (full, where, labels, real, flag, full, count, count),
@@ -2294,6 +2346,9 @@ def compile_all():
     for function, dtype, parallel in itertools.product(functions, sorted(DTYPES, key=str), twins):
         compiled(function, dtype, parallel)
         yield f"{function.__name__.removesuffix('_pieces')} {dtype}, {'threads' if parallel else 'serial'}"
+    for function in itertools.chain(*_HALVES.values()):
+        compiled(function, np.dtype(np.float32), False)
+        yield function.__name__
 
 
 @cache
@@ -2349,6 +2404,18 @@ def _run_parallel(kernel, threads, rows, *arguments):
 
 
 # ---- the backend's functions ----
+
+
+def convert(target, source):
+    """target[...] = source, for half precision by compiled code."""
+    half, single = (source, target) if source.itemsize == 2 else (target, source)
+    plain = all(array.dtype.isnative and array.flags.c_contiguous for array in (half, single))
+    if half.dtype.name in _HALVES and single.dtype == np.float32 and plain:
+        widen, narrow = _HALVES[half.dtype.name]
+        function = compiled(widen if half is source else narrow, single.dtype, False)
+        function(*(array.reshape(-1).view(f"u{array.itemsize}") for array in (source, target)))
+    else:
+        target[...] = source
 
 
 def _where(where, logits):

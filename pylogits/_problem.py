@@ -126,7 +126,7 @@ class Problem(NamedTuple):
             )
 
         row_inputs = [self.labels(), self.per_row(self.sample_weight), self.per_row(self.loss_grad)]
-        _rows.run(kernel, module.DTYPES, (self.axis,), self._operands(logits, row_inputs, grad, losses), _raise_changed)
+        _rows.run(kernel, module, (self.axis,), self._operands(logits, row_inputs, grad, losses), _raise_changed)
 
     def run_on_gpu(self, logits: Any, grad: Array | None, result: Array) -> None:
         """The losses, or what they are reduced to, and the gradient."""
@@ -150,7 +150,7 @@ class Problem(NamedTuple):
 
         row_inputs = [self.targets if self.hard else None, self.sample_weight, self.loss_grad]
         operands = self._operands(logits, row_inputs, grad, losses)
-        _rows.run(kernel, module.DTYPES, (self.axis,), operands, lambda: self._raise_bad_values(logits.shape[self.axis]))
+        _rows.run(kernel, module, (self.axis,), operands, lambda: self._raise_bad_values(logits.shape[self.axis]))
 
     def _operands(self, logits: Array, row_inputs: list[Array | None], grad: Array | None, losses: Array) -> _rows.Operands:
         inputs = [logits, self.where, None if self.hard else self.targets]

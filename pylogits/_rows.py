@@ -24,6 +24,7 @@ from pylogits._device import DeviceArray
 Array = npt.NDArray[Any]
 Axis = SupportsIndex | tuple[SupportsIndex, ...] | None
 Kernel = Callable[..., int | None]
+Convert = Callable[[Array, Array], None]
 
 # A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
 PIECE_BYTES = 1 << 20
@@ -264,20 +265,22 @@ class Operands(NamedTuple):
 
 def run(
     kernel: Kernel,
-    dtypes: frozenset[np.dtype[Any]],
+    module: ModuleType,
     axes: tuple[int, ...],
     operands: Operands,
     complain: Callable[[], None] | None = None,
 ) -> None:
-    """Run a kernel that takes `dtypes` on all rows, and `complain` where it met a bad label."""
-    whole = _as_whole(operands, dtypes, axes)
+    """Run a kernel of a backend module on all rows, and `complain` where it met a bad label."""
+    whole = _as_whole(operands, module.DTYPES, axes)
     if isinstance(operands.inputs[0], DeviceArray):
-        _run_on_gpu(kernel, whole, operands.inputs[0], dtypes, complain)
+        _run_on_gpu(kernel, whole, operands.inputs[0], module.DTYPES, complain)
         return
     if whole is not None:
         good = all(part.call(kernel) in (None, -1) for part in whole.parts())
     else:
-        good = all(_run_piece(kernel, piece, targets) for piece, targets in _as_pieces(operands, dtypes, axes))
+        convert = getattr(module, "convert", _assign)
+        pieces_of = _as_pieces(operands, module.DTYPES, axes, convert)
+        good = all(_run_piece(kernel, piece, targets, convert) for piece, targets in pieces_of)
     if not good and complain is not None:
         complain()
 
@@ -325,7 +328,7 @@ def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[
 
 
 def _as_pieces(
-    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]
+    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], convert: Convert
 ) -> Iterator[tuple[Operands, list[Array]]]:
     """Copies of consecutive rows as (rows, classes, 1), and where their outputs belong."""
     logits = operands.inputs[0]
@@ -342,7 +345,9 @@ def _as_pieces(
         dtype = array.dtype if array is not logits and array.dtype.kind in "bi" else work
         part = last(array)[index]
         classes = math.prod(part.shape[part.ndim - len(axes) :])
-        return np.array(part, dtype, order="C").reshape(part.size // max(classes, 1), classes, 1)
+        copied = np.empty(part.shape, dtype)
+        convert(copied, part)
+        return copied.reshape(part.size // max(classes, 1), classes, 1)
 
     inputs = operands.inputs
     row_bytes = math.prod(logits.shape[axis] for axis in axes) * work.itemsize
@@ -365,10 +370,14 @@ def _as_pieces(
         yield piece, [last(array)[(*index, ...)] for array in operands.outputs]  # never a scalar
 
 
-def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
+def _assign(target: Array, source: Array) -> None:
+    target[...] = source
+
+
+def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array], convert: Convert) -> bool:
     good = piece.call(kernel) in (None, -1)
     for target, result in zip(targets, piece.outputs, strict=True):
-        target[...] = result.reshape(target.shape)
+        convert(target, result.reshape(target.shape))
     return good
 
 
@@ -481,7 +490,7 @@ def run_full(
     kernel = getattr(module, operation)
     run(
         lambda array, other, out: kernel(array, other, *options, out, threads),
-        module.DTYPES,
+        module,
         axes,
         Operands([array, other], outputs=[result]),
     )

@@ -262,7 +262,7 @@ def _logsumexp(logits: Any, axis: Axis, where: Any, temperature: Any, keepdims: 
         module, threads = _rows.backend("logsumexp", array, dtype)
         _rows.run(
             lambda logits, where, out: module.logsumexp(logits, where, temperature, out, threads),
-            module.DTYPES,
+            module,
             axes,
             _rows.Operands([array, mask], row_outputs=[result.reshape(shape)]),
         )
@@ -335,7 +335,7 @@ def selective_log_softmax(
         module, threads = _rows.backend("selective_log_softmax", array, dtype)
         _rows.run(
             lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
-            module.DTYPES,
+            module,
             (number,),
             _rows.Operands([array, _rows.as_labels(several)], outputs=[result.reshape(several.shape)]),
             lambda: _rows.raise_bad_label(picks, "index", array.shape[number]),

@@ -71,7 +71,7 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
         module, threads = _rows.backend("softmax_cross_entropy_with_logits", array, dtype)
         _rows.run(
             lambda logits, labels, out: module.softmax_cross_entropy_with_logits(logits, labels, out, threads),
-            module.DTYPES,
+            module,
             (number,),
             _rows.Operands([array, weights], row_outputs=[result]),
         )
@@ -139,7 +139,7 @@ def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: An
         module, threads = _rows.backend("sparse_softmax_cross_entropy_with_logits", array, dtype)
         _rows.run(
             lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads),
-            module.DTYPES,
+            module,
             (number,),
             _rows.Operands(
                 [array],

@@ -113,7 +113,7 @@ def score(
 
         _rows.run(
             kernel,
-            module.DTYPES,
+            module,
             (number,),
             _rows.Operands(
                 [array],

@@ -11,6 +11,7 @@ pytest.importorskip("numba")
 
 import llvmlite.binding
 import numba
+from cases import dtype_of
 from numba import float32, njit
 from pylogits.kernels import cpu
 
@@ -325,3 +326,29 @@ def test_the_exponential_is_computed_in_whole_registers(dtype, suffix):
     (assembly,) = function.inspect_asm().values()
     assert len(re.findall(rf"vfn?madd\d+{suffix}\s.*%[yz]mm", assembly)) >= 12
     assert not re.search(r"\bcall.*\bexpf?\b", assembly)
+
+
+# ---- half precision ----
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_converted_as_numpy_does(dtype):
+    halves = np.arange(1 << 16).astype(np.uint16).view(dtype_of(dtype))
+    rng = np.random.default_rng(0)
+    bits = rng.integers(1 << 32, size=1 << 20, dtype=np.uint32)
+    near = rng.integers(0x33000000, 0x48000000, size=1 << 20, dtype=np.uint32)  # what is finite in float16
+    ties = np.concatenate([near & ~np.uint32(0xFFF), bits & ~np.uint32(0x7FFF)])
+    numbers = np.concatenate([bits, near, ties, ties + 1, ties - 1]).view(np.float32)
+    for source, target in ((halves, np.float32), (numbers, halves.dtype)):
+        with np.errstate(all="ignore"):
+            expected = source.astype(target)
+        got = np.empty_like(expected)
+        cpu.convert(got, source)
+        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), expected.view(f"u{got.itemsize}"))
+
+
+def test_half_precision_of_any_layout():
+    source = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for target in (np.zeros((6, 4), np.float16).T, np.zeros((4, 12), np.float16)[:, ::2], np.zeros((4, 6), ">f2")):
+        cpu.convert(target, source)
+        np.testing.assert_array_equal(target, source)
