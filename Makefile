@@ -30,7 +30,7 @@ test: $(VENV)/installed  ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: fuzz
-fuzz: $(VENV)/installed  ## a million hostile calls of every public function (an hour or more)
+fuzz: $(VENV)/installed  ## a million hostile calls of every public function (forty minutes or more)
 	PYLOGITS_FUZZ_EXAMPLES=1000000 $(BIN)/pytest tests/test_fuzz.py -n 2 --dist worksteal -k hostile --durations=0
 
 .PHONY: soak

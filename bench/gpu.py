@@ -6,6 +6,7 @@ Run as ``python bench/gpu.py --json gpu.json``.
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
@@ -73,7 +74,7 @@ def seconds(flush, call, *arguments):
     return median(times[ROUNDS // 3 :])
 
 
-def launch_seconds(call, *arguments):
+def python_seconds(call, *arguments):
     """Return the time that Python takes for a call, which does not wait for the GPU."""
     call(*arguments)
     torch.cuda.synchronize()
@@ -83,6 +84,15 @@ def launch_seconds(call, *arguments):
     found = (perf_counter() - start) / CALLS
     torch.cuda.synchronize()
     return found
+
+
+def times_of(measure, operation, *arguments):
+    """Return what `measure` says of an operation: of ours, of torch's, and of that compiled."""
+    return {
+        "pylogits": measure(operation.ours, *arguments),
+        "torch": measure(operation.torchs, EAGER, *arguments),
+        "compile": measure(operation.torchs, COMPILED, *arguments),
+    }
 
 
 def copy_bandwidth(flush):
@@ -111,21 +121,13 @@ def measured():
                 labels = torch.randint(classes, (rows,), device="cuda")
                 check(operation.ours(x, labels), operation.torchs(EAGER, x.double(), labels))
                 torch.compiler.reset()  # it compiles so many shapes only
-                times = {
-                    "pylogits": seconds(flush, operation.ours, x, labels),
-                    "torch": seconds(flush, operation.torchs, EAGER, x, labels),
-                    "compile": seconds(flush, operation.torchs, COMPILED, x, labels),
-                }
+                times = times_of(partial(seconds, flush), operation, x, labels)
                 limit = operation.logits * x.numel() * x.element_size() / bandwidth
                 shape = f"{rows} x {classes}"
                 yield {"operation": name, "dtype": str(dtype)[6:], "shape": shape, **times, "copy limit": limit}
     x, labels = torch.randn(SMALL, device="cuda"), torch.randint(SMALL[1], SMALL[:1], device="cuda")
     for name, operation in OPERATIONS.items():
-        times = {
-            "pylogits": launch_seconds(operation.ours, x, labels),
-            "torch": launch_seconds(operation.torchs, EAGER, x, labels),
-            "compile": launch_seconds(operation.torchs, COMPILED, x, labels),
-        }
+        times = times_of(python_seconds, operation, x, labels)
         shape = f"{SMALL[0]} x {SMALL[1]}, launch"
         yield {"operation": name, "dtype": "float32", "shape": shape, **times, "copy limit": 0.0}
 

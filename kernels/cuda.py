@@ -690,10 +690,11 @@ def log_probability(k, x, maximum, log1p, t):
 
 
 @device
-def softmax(k, plan, x, where, t, log, out, sums, exact, tile, room):
-    """softmax or with `log` log_softmax to `out`, logsumexp to `sums`. `exact` where a tile can keep exponentials."""
+def softmax(k, plan, x, where, t, log, out, sums, wide, tile, room):
+    """softmax or with `log` log_softmax to `out`, logsumexp to `sums`. `wide` where a tile's elements
+    are of the type that is computed in, and can be exponentials."""
     row, classes = place(plan, x, None), x.shape[1]
-    keep = exact and log is None and out is not None and classes <= plan.tile
+    keep = wide and log is None and out is not None and classes <= plan.tile
     g = gather(k, plan, row, x, None, where, None, None, t, None, keep, tile, room)
     log1p, inverse = log_of_sum(k, g), inverse_of_sum(k, g)
     if sums is not None and row.there and row.lane == 0:
@@ -826,11 +827,11 @@ def pair_in(k, array):
 
 
 @device
-def cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, exact, tile, room):
+def cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, wide, tile, room):
     """The losses of rows, and their gradient where `grad` is given, unless a label is bad."""
     o = options
     row = place(plan, x, o.probabilities)
-    keep = exact and grad is not None and o.cap is None and x.shape[1] <= plan.tile
+    keep = wide and grad is not None and o.cap is None and x.shape[1] <= plan.tile
     g = gather(k, plan, row, x, o.probabilities, o.where, o.weight, o.cap, t, o.label_smoothing, keep, tile, room)
     log1p, inverse = log_of_sum(k, g), inverse_of_sum(k, g)
     bad, targets = status[0] != 0, g.targets
@@ -1125,13 +1126,13 @@ def kernels_of(name):
     k, real = (_F64, types.float64) if name == "float64" else (_F32, types.float32)
     element = {"float16": types.float16, "bfloat16": types.uint16}.get(name, real)
 
-    exact = element is real
+    wide = element is real
 
     @cuda.jit
     def softmax_kernel(plan, x, where, t, log, out, sums):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        softmax(k, plan, x, where, t, log, out, sums, exact, tile, room)
+        softmax(k, plan, x, where, t, log, out, sums, wide, tile, room)
 
     @cuda.jit
     def selective_log_softmax_kernel(plan, x, indices, t, status, out):
@@ -1143,7 +1144,7 @@ def kernels_of(name):
     def cross_entropy_kernel(plan, numbers, x, options, t, status, losses, grad):
         tile = cuda.shared.array(0, element, VECTOR_BYTES)
         room = cuda.shared.array(ROOM, real)
-        cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, exact, tile, room)
+        cross_entropy(k, plan, numbers, x, options, t, status, losses, grad, wide, tile, room)
 
     @cuda.jit
     def backward_kernel(plan, p, grad, log, out):

@@ -61,13 +61,11 @@ def from_here(array, at, count):
     """So many elements from an index on, side by side in memory: at the end of a row the next one begins."""
     item = vars(array).get("_item", array) if hasattr(array, "__dict__") else array
     numbers = getattr(item, "_ary", item)
-    at = at if isinstance(at, tuple) else (at,)
-    classes, others = int(at[-2 if len(at) == 3 else 0]), tuple(slice(int(i), None) for i in at)
-    if len(at) == 3:
-        others = (others[0], slice(0, None), others[2])
-    start = numbers[others] if len(at) == 3 else numbers
-    step = numbers.strides[1] if len(at) == 3 else numbers.strides[0]
-    return np.lib.stride_tricks.as_strided(start, (classes + count,), (step,))[classes:]
+    first, step = at, numbers.strides[0]
+    if isinstance(at, tuple):
+        outer, first, inner = at
+        numbers, step = numbers[int(outer) :, :, int(inner) :], numbers.strides[1]
+    return np.lib.stride_tricks.as_strided(numbers, (int(first) + count,), (step,))[int(first) :]
 
 
 def copy_vector(target, target_at, source, source_at, v):

@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
 DTYPES = {torch.float32: 24, torch.float64: 53, torch.float16: 11, torch.bfloat16: 8}  # and their digits
-# Every length that a row of threads can have, then those around a tile, a tile with a companion, and two tiles.
-LENGTHS = (*range(1, 601), *(edge + step for edge in (1024, 2048, 4096, 8192, 16384) for step in (-1, 0, 1, 8)), 50257, 128256)
+# Short rows, those about which a row gets more lanes or a second tile (of float32, and of half precision), and long ones.
+EDGES = (1024, 2048, 4096, 10232, 16384, 20464)
+LENGTHS = (*range(1, 601), *(edge + step for edge in EDGES for step in (-1, 0, 1, 8)), 50257, 128256)
 
 
 def randn(*shape, dtype=torch.float32):
