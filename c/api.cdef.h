@@ -49,10 +49,12 @@ struct pl_task {
  * nothing was written (unless labels changed while it ran: then the rows so hit hold NaN). -2: out of memory. */
 int64_t pl_run(const struct pl_task *task, int threads);
 
-/* The same for C-contiguous arrays, `size` logits in all, whose last axis are the classes; labels for
- * PL_SPARSE_SOFTMAX_CROSS_ENTROPY only. */
-int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
-                          int64_t classes, int threads);
+/* The same for C-contiguous arrays, `size` logits in all, whose last axis are the classes; NULL for those that the operation
+ * lacks. `grad` is the input of the backward forms, and what cross entropy writes. Results have the dtype of the logits, and
+ * there is one label a row. */
+int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, const void *probabilities,
+                          void *grad, void *out, int64_t size, int64_t classes, double temperature, double scale,
+                          double scale_lo, int threads);
 
 /* The first label outside [0, classes), as pl_run would return it; -1 where there is none. */
 int64_t pl_find_bad_label(const struct pl_task *task);

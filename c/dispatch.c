@@ -391,10 +391,11 @@ int64_t pl_run(const struct pl_task *task, int threads)
   return run_range(kernels, task, 0, rows);
 }
 
-int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, void *out, int64_t size,
-                          int64_t classes, int threads)
+int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, const void *probabilities,
+                          void *grad, void *out, int64_t size, int64_t classes, double temperature, double scale,
+                          double scale_lo, int threads)
 {
-  const int64_t item = pl_itemsize(dtype);
+  const int64_t item = pl_itemsize(dtype), row = classes * item;
   struct pl_task task = {
       .operation = operation,
       .dtype = dtype,
@@ -403,12 +404,14 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
       .classes = classes,
       .inner = 1,
       .picks = 1,
-      .temperature = 1,
-      .logits = {(void *)logits, classes * item, item, item},
+      .temperature = temperature,
+      .logits = {(void *)logits, row, item, item},
       .labels = {(void *)labels, sizeof(int64_t), sizeof(int64_t), sizeof(int64_t)},
       .out = {out, item, item, item},
+      .losses = {.scale = scale, .scale_lo = scale_lo, .probabilities = {(void *)probabilities, row, item, item}},
   };
-  if (pl_whole(&task)) task.out.outer = classes * item;
+  *(pl_is_backward(&task) ? &task.grad : &task.losses.grad) = (struct pl_view){grad, row, item, item};
+  if (pl_whole(&task) == &task.out) task.out.outer = row;
   return pl_run(&task, threads);
 }
 

@@ -177,6 +177,13 @@ static struct array *floats(struct input *in, int kind, const struct pl_task *ta
   return a;
 }
 
+static struct array *filled(struct input *in, const struct pl_task *task)
+{
+  struct array *a = contiguous(task->dtype, task->outer, task->classes, 1, false);
+  fill(in, a, false);
+  return a;
+}
+
 /* One number a row or a class, where the fuzzer wants it. */
 static const void *factors(struct input *in, int dtype, int64_t count, bool finite)
 {
@@ -310,31 +317,37 @@ static struct plan decode(struct input *in)
   const int operation = task->operation;
   const bool sparse = operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY, loss = operation == PL_CROSS_ENTROPY;
   const bool plain = operation <= PL_LOGSUMEXP, backward = pl_is_backward(task);
-  plan.contiguous = (plain || sparse) && !take(in, 4);
+  plan.contiguous = operation != PL_SCORE && !take(in, 4);
 
   const int64_t most = TAKE_OF(in, sizes) / pl_itemsize(task->dtype), length = TAKE_OF(in, lengths);
   task->classes = 1 + take(in, length < most ? length : most);
   task->inner = plan.contiguous ? 1 : 1 + take(in, most / task->classes < ROWS ? most / task->classes : ROWS);
   const int64_t left = most / (task->classes * task->inner);
   task->outer = take(in, (left < ROWS ? left : ROWS) + 1);
-  task->picks = operation == PL_SELECTIVE_LOG_SOFTMAX ? take(in, 4) : 1;
-  task->temperature = 1;
+  task->picks = operation == PL_SELECTIVE_LOG_SOFTMAX && !plan.contiguous ? take(in, 4) : 1;
+  task->temperature = backward || sparse ? 1 : TAKE_OF(in, temperatures);
 
+  const bool grad = loss && take(in, 2);
   if (plan.contiguous) {
-    struct array *logits = contiguous(task->dtype, task->outer, task->classes, 1, false);
-    fill(in, logits, false);
-    task->logits = view_of(logits);
-    task->out = view_of(contiguous(task->dtype, task->outer, pl_whole(task) ? task->classes : 1, 1, true));
-    if (sparse) plan.labels = fill_labels(in, task, contiguous(INT64, task->outer, 1, 1, false));
+    task->logits = view_of(filled(in, task));
+    if (backward) task->grad = view_of(filled(in, task));
+    if (grad) task->losses.grad = view_of(contiguous(task->dtype, task->outer, task->classes, 1, true));
+    task->losses.scale = 1;
+    if (loss && take(in, 2)) {
+      task->losses.probabilities = view_of(filled(in, task));
+    } else if (!plain && !backward) {
+      plan.labels = fill_labels(in, task, contiguous(INT64, task->outer, 1, 1, false));
+      task->losses.has_ignore_index = 0;
+    }
+    const int64_t results = pl_whole(task) == &task->out ? task->classes : 1;
+    task->out = view_of(contiguous(task->dtype, task->outer, results, 1, true));
     return plan;
   }
 
-  const bool grad = loss && take(in, 2);
   enum place place = pl_whole(task) || grad ? (enum place)take(in, backward || grad ? 3 : 2) : APART;
   if (place != APART && !loss) task->out_dtype = task->dtype;
   plan.logits = floats(in, task->dtype, task, place == OVER_LOGITS);
   task->logits = view_of(plan.logits);
-  if (!backward && !sparse) task->temperature = TAKE_OF(in, temperatures);
   if ((plain || loss) && take(in, 2)) {
     struct array *where = strided(in, BYTE, task->outer, task->classes, task->inner, false);
     const uint64_t kept = draw(5);
@@ -411,8 +424,10 @@ static int64_t run(const struct plan *plan, int threads)
 {
   const struct pl_task *task = &plan->task;
   if (!plan->contiguous) return pl_run(task, threads);
-  return pl_run_contiguous(task->operation, task->dtype, task->logits.data, task->labels.data, task->out.data,
-                           task->outer * task->classes, task->classes, threads);
+  void *grad = pl_is_backward(task) ? task->grad.data : task->losses.grad.data;
+  return pl_run_contiguous(task->operation, task->dtype, task->logits.data, task->labels.data, task->losses.probabilities.data,
+                           grad, task->out.data, task->outer * task->classes, task->classes, task->temperature,
+                           task->losses.scale, task->losses.scale_lo, threads);
 }
 
 /* A copy of classes [first, first + n) of the logits, as `linear_cross_entropy` has them: without the others. The view is that

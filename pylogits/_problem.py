@@ -109,10 +109,10 @@ class Problem(NamedTuple):
 
     def per_row(self, array: Array | None) -> Array | None:
         """An array over the rows as a kernel takes it."""
-        return None if array is None else np.ascontiguousarray(array, self.dtype).reshape(self.rows)
+        return None if array is None else np.asarray(array, self.dtype, order="C")
 
     def labels(self) -> Array | None:
-        return np.ascontiguousarray(self.targets, np.int64).reshape(self.rows) if self.hard else None
+        return _rows.as_labels(self.targets) if self.hard else None
 
     def run(self, logits: Array, grad: Array | None, losses: Array) -> None:
         operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"

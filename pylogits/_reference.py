@@ -78,6 +78,16 @@ class LossOptions(NamedTuple):
     temperature: float = 1.0
     scale: tuple[float, float] = (1.0, 0.0)  # of gradients, as a pair: all but the derivative for logits / temperature
 
+    @property
+    def are_default(self) -> bool:
+        """Whether nothing is given but the temperature and the scale."""
+        return (
+            self.weight is None
+            and self.ignore_index is None
+            and self.softcap is None
+            and self.label_smoothing == self.z_loss == 0
+        )
+
 
 @lru_cache(maxsize=64)
 def reciprocal(a: float, b: float, dtype: np.dtype[Any]) -> tuple[float, float]:

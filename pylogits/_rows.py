@@ -32,7 +32,14 @@ PIECE_BYTES = 1 << 20
 CALL_SIZE = 1 << 26
 
 _FLOAT32, _FLOAT64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
-_PER_ROW = frozenset({"logsumexp", "sparse_softmax_cross_entropy_with_logits"})  # one number a row
+# One number a row.
+_PER_ROW = frozenset({"logsumexp", "softmax_cross_entropy_with_logits", "sparse_softmax_cross_entropy_with_logits"})
+_OTHERS = {  # what second operands are, for the C backend
+    "softmax_cross_entropy_with_logits": "probabilities",
+    "sparse_softmax_cross_entropy_with_logits": "labels",
+    "softmax_backward": "grad",
+    "log_softmax_backward": "grad",
+}
 _HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
 _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 
@@ -42,6 +49,8 @@ _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 
 def to_array(array: Any, name: str, on_gpu: bool | None = None) -> Array:
     """`to_numpy`, or the memory of an array on a GPU; `on_gpu` says where it must be, as the logits are there."""
+    if type(array) is np.ndarray and not on_gpu:
+        return array
     found = _device.is_on_gpu(array)
     if on_gpu and not found:
         raise TypeError(f"{name} is in main memory; beside logits on a GPU, only arrays there are supported")
@@ -143,8 +152,8 @@ def check_real(value: Any, name: str, dtype: np.dtype[Any], bounds: str = "finit
             rounded = float(dtype.type(value))
         except OverflowError:  # an int beyond every float
             rounded = math.inf
-    allowed = {"finite": True, "positive and finite": rounded > 0, "in [0, 1]": 0 <= value <= 1}
-    if not (math.isfinite(rounded) and allowed[bounds]):
+    allowed = bounds == "finite" or (rounded > 0 if bounds == "positive and finite" else 0 <= value <= 1)
+    if not (math.isfinite(rounded) and allowed):
         raise ValueError(f"{name} must be {bounds} in {dtype}, not {value!r}")
     return rounded
 
@@ -202,17 +211,14 @@ def raise_bad_label(labels: Array, name: str, classes: int, start: Sequence[int]
 # ---- rows ----
 
 
-def _as_full(array: Array, axes: tuple[int, ...]) -> Array | None:
-    """A view of shape (outer, classes, inner), or None where there is none."""
+def _as_full(array: Array, axes: tuple[int, ...]) -> Array:
+    """A view of shape (outer, classes, inner); ValueError where there is none."""
     if len(axes) != 1:
         array = np.moveaxis(array, axes, range(array.ndim - len(axes), array.ndim))
+    shape = array.shape
     first = axes[0] if len(axes) == 1 else array.ndim - len(axes)
-    classes = array.shape[first : first + len(axes)]
-    shape = (math.prod(array.shape[:first]), math.prod(classes), math.prod(array.shape[first + len(axes) :]))
-    try:
-        return array.reshape(shape, copy=False)
-    except ValueError:
-        return None
+    last = first + len(axes)
+    return array.reshape(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]), copy=False)
 
 
 def pieces(rows: Sequence[int], most: int) -> Iterator[tuple[slice | int, ...]]:
@@ -306,25 +312,28 @@ def _run_on_gpu(
 
 def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]) -> Operands | None:
     """The operands as views for one call, or None where a backend can't take this memory as it is."""
-    full = [array for array in (*operands.inputs, *operands.outputs) if array is not None]
-    floats = {array.dtype for array in full if array.dtype.kind not in "bi"}
-    if len(floats) > 1 or full[0].dtype not in dtypes:
+    logits = operands.inputs[0]
+    assert logits is not None
+    dtype = logits.dtype
+    if dtype not in dtypes:
         return None
-    if not all(array.flags.aligned and array.dtype.isnative for array in full):
-        return None
-    inputs = [None if array is None else _as_full(array, axes) for array in operands.inputs]
-    outputs = [_as_full(array, axes) for array in operands.outputs]
-    logits = inputs[0]
-    if logits is None or sum(view is not None for view in (*inputs, *outputs)) < len(full):
-        return None
-    outer, _, inner = logits.shape
-    lead = full[0].ndim - len(axes)
+    for array in (*operands.inputs, *operands.outputs):
+        if array is not None and not (
+            array.flags.aligned and (array.dtype == dtype or (array.dtype.kind in "bi" and array.dtype.isnative))
+        ):
+            return None
+    lead = logits.ndim - len(axes)
     try:
-        row_inputs = [None if array is None else array.reshape(outer, inner, copy=False) for array in operands.row_inputs]
-        row_outputs = [array.reshape(outer, inner, *array.shape[lead:], copy=False) for array in operands.row_outputs]
+        inputs = [None if array is None else _as_full(array, axes) for array in operands.inputs]
+        outer, _, inner = inputs[0].shape  # type: ignore[union-attr]
+        return Operands(
+            inputs,
+            [None if array is None else array.reshape(outer, inner, copy=False) for array in operands.row_inputs],
+            [_as_full(array, axes) for array in operands.outputs],
+            [array.reshape(outer, inner, *array.shape[lead:], copy=False) for array in operands.row_outputs],
+        )
     except ValueError:
         return None
-    return Operands(inputs, row_inputs, [view for view in outputs if view is not None], row_outputs)
 
 
 def _as_pieces(
@@ -385,12 +394,12 @@ def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array], convert: C
 
 
 def run_contiguous(
-    operation: str, logits: Any, labels: Any = None, axis: Any = -1, where: Any = None, temperature: Any = 1.0, out: Any = None
+    operation: str, logits: Any, other: Any = None, axis: Any = -1, where: Any = None, temperature: Any = 1.0, out: Any = None
 ) -> Any:
     """The common case of an operation, straight into C; None where it isn't the common case.
 
-    That is C-contiguous logits, class axis last, no options, and int64 labels for the operation that has them; or an `out` for
-    one that has none. What may be wrong with anything else, the general way says.
+    That is C-contiguous arrays of one dtype, float32 or float64, class axis last, no options, and int64 labels. What may be
+    wrong with anything else, the general way says. `other` is the operation's second operand, where it has one.
     """
     if where is not None or type(axis) is not int or type(temperature) is not float:
         return None
@@ -404,26 +413,28 @@ def run_contiguous(
     if not (shape and 0 < size <= CALL_SIZE):
         return None
     rows = shape[:-1] if operation in _PER_ROW else shape
-    if labels is not None and not (
-        type(labels) is np.ndarray and labels.dtype is _INT64 and labels.flags.carray and labels.shape == rows
-    ):
-        return None
+    name = _OTHERS.get(operation)
+    if name is not None:
+        wanted, likewise = (_INT64, rows) if name == "labels" else (dtype, shape)
+        if not (type(other) is np.ndarray and other.dtype is wanted and other.flags.carray and other.shape == likewise):
+            return None
     if out is not None and not (
-        labels is None
-        and type(out) is np.ndarray
+        type(out) is np.ndarray
         and out.dtype is dtype
         and out.flags.carray
         and out.shape == rows
         and (out is logits or not clashes(out, logits))
+        and (out is other or not clashes(out, other))
     ):
         return None
     module, threads = _dispatch.select(operation, dtype, size)
     if module.__name__ != _dispatch.C_MODULE:
         return None
     result = np.empty(rows, dtype) if out is None else out
-    status = module.run_contiguous(operation, dtype, logits, labels, result, size, shape[-1], threads)
-    if status != -1 and labels is not None:
-        raise_bad_label(labels, "label", shape[-1])
+    others = {} if name is None else {name: other}
+    status = module.run_contiguous(module.OPERATIONS[operation], dtype, logits, size, shape[-1], threads, out=result, **others)
+    if status != -1 and name == "labels":
+        raise_bad_label(other, "label", shape[-1])
     return result if rows or out is not None else result[()]
 
 

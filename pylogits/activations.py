@@ -183,8 +183,15 @@ def log_softmax_backward(grad: Any, log_probs: Any, axis: Axis = -1, *, out: Any
     return _backward("log_softmax_backward", grad, log_probs, "log_probs", axis, out)
 
 
-@standard_arithmetic
 def _backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out: Any) -> Any:
+    plain = _rows.run_contiguous(operation, result, grad, axis, out=out)
+    if plain is not None:
+        return plain
+    return _general_backward(operation, grad, result, name, axis, out)
+
+
+@standard_arithmetic
+def _general_backward(operation: str, grad: Any, result: Any, name: str, axis: Axis, out: Any) -> Any:
     array = _rows.to_array(result, name)
     slopes = _rows.to_array(grad, "grad", _device.is_on_gpu(array))
     dtype = _rows.check_floats(array, name)

@@ -11,7 +11,6 @@ from pylogits._float_state import standard_arithmetic
 from pylogits._problem import Total, check_classes, check_problem
 
 
-@standard_arithmetic
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
     """Cross entropy between label distributions and softmax(logits): -sum(labels * log_softmax(logits)).
 
@@ -50,6 +49,15 @@ def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: Support
     >>> pylogits.softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     array([0.4790107 , 1.19967598])
     """
+    operation = "softmax_cross_entropy_with_logits"
+    plain = _rows.run_contiguous(operation, logits, labels, axis, out=out)
+    if plain is not None:
+        return plain
+    return _dense_cross_entropy(labels, logits, axis, out)
+
+
+@standard_arithmetic
+def _dense_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: Any) -> Any:
     array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     weights = _rows.to_array(labels, "labels", _device.is_on_gpu(array))
@@ -116,7 +124,7 @@ def sparse_softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: 
     array([0.4790107 , 1.19967598])
     """
     operation = "sparse_softmax_cross_entropy_with_logits"
-    plain = None if labels is None else _rows.run_contiguous(operation, logits, labels, axis, out=out)
+    plain = _rows.run_contiguous(operation, logits, labels, axis, out=out)
     if plain is not None:
         return plain
     return _sparse_cross_entropy(labels, logits, axis, out)
@@ -418,15 +426,15 @@ def run_cross_entropy(
     if on_gpu:
         problem.run_on_gpu(array, slopes, losses)
         return _rows.deliver(logits, losses, out), answer
-    total = Total(math.prod(problem.rows), problem.dtype)
+    total = None if problem.reduction == "none" else Total(math.prod(problem.rows), problem.dtype)
     for index, full, part in problem.parts():
-        numbers = losses[index] if problem.reduction == "none" else total.room(part.rows)
+        numbers = losses[index] if total is None else total.room(part.rows)
         part.run(array[full], None if slopes is None else slopes[full], numbers)
-        if problem.reduction != "none":
+        if total is not None:
             total.add(numbers)
     if grad is not None and slopes is not None:
         if not problem.denominator:
             slopes[...] = 0
         if slopes is not grad:
             grad[...] = slopes
-    return _rows.deliver(logits, losses if problem.reduction == "none" else problem.reduce(total.sum()), out), answer
+    return _rows.deliver(logits, losses if total is None else problem.reduce(total.sum()), out), answer
