@@ -45,8 +45,8 @@ SIZES = tuple(1 << n for n in range(12, 20))
 OTHER_SIZES = (3000, 12_000, 25_000, 50_000, 100_000, 400_000, 3_000_000)
 # Not below a few microseconds: there is nothing to gain then, and a thread that sleeps takes longer to wake.
 CROSSOVERS = tuple(1 << n for n in range(13, 19))
-ROUNDS = 5
-SAMPLE_SECONDS = 0.001
+ROUNDS = 7
+SAMPLE_SECONDS = 0.002
 WITHIN = 1.1  # times the best time
 GOAL = 0.95  # of the calls are within that
 
@@ -65,6 +65,10 @@ class Call(NamedTuple):
     @property
     def size(self):
         return self.rows * self.classes
+
+    @property
+    def work(self):
+        return self.size + _dispatch.ROW_WORK * self.rows
 
     def prepare(self):
         """Return a function that makes the call; a result of the logits' size goes to memory that is there."""
@@ -124,7 +128,7 @@ def times(call):
 
 def chosen(call):
     """Return what the dispatcher chooses."""
-    module, threads = _dispatch.select(call.operation, np.dtype(call.dtype), call.size)
+    module, threads = _dispatch.select(call.operation, np.dtype(call.dtype), call.size, call.classes)
     return next(backend.name for backend in _dispatch.TABLE if backend.module == module.__name__), threads
 
 
@@ -141,10 +145,10 @@ def measured(calls):
 
 
 def least_regret(found):
-    """Return the size, of CROSSOVERS, that loses least on (size, time on one thread, on all) if threads are used from it on."""
+    """Return the work, of CROSSOVERS, that loses least on (work, time on one thread, on all) if threads are used from it on."""
 
     def regret(below):
-        return sum(np.log((serial if size < below else threads) / min(serial, threads)) for size, serial, threads in found)
+        return sum(np.log((serial if work < below else threads) / min(serial, threads)) for work, serial, threads in found)
 
     return min(CROSSOVERS, key=regret)
 
@@ -155,7 +159,7 @@ def tune(only):
     for call, seconds in measured(grid(CLASSES, SIZES, only)):
         for name in BACKENDS:
             key = name, call.operation, np.dtype(call.dtype).itemsize
-            times_of.setdefault(key, []).append((call.size, seconds[name, 1], seconds[name, THREADS]))
+            times_of.setdefault(key, []).append((call.work, seconds[name, 1], seconds[name, THREADS]))
     table = {}
     for (name, operation, itemsize), found in times_of.items():
         table.setdefault(name, {}).setdefault(operation, {})[itemsize] = least_regret(found)
@@ -165,10 +169,10 @@ def tune(only):
 def write(table):
     """Write the module that the dispatcher reads."""
     lines = [
-        '"""From how many logits on a second thread pays: measured, and written by `make tune`."""',
+        '"""From how much work on a second thread pays: measured, and written by `make tune`."""',
         "",
         f'MACHINE = "{machine()}"',
-        "# By backend, operation and bytes of a logit.",
+        "# By backend, operation and bytes of a logit: logits, and ROW_WORK for each row.",
         "SERIAL_BELOW = {",
     ]
     for name, operations in table.items():

@@ -1447,14 +1447,33 @@ def reduce_loaded(x, classes, maximum, t, keep):
     else:
         total, total_lo, ones = sum_tile(x, classes, (near, shift, t), keep)
     total, total_lo = add_ones(total, total_lo, ones)
-    if not everywhere(finite(maximum)):
-        found = every_lane(k.zero)
-        for c in range(classes):
-            value = line_at(x, c * k.lanes)
-            found = select(value == value, found, value)
-        total = select(finite(maximum), total, found)
-        total_lo = select(finite(maximum), total_lo, k.zero)
-    return total, total_lo
+    return spoil_tile(x, classes, maximum, total, total_lo)
+
+
+@helper
+def spoil_tile(x, classes, maximum, total, total_lo):
+    """The sum of a row whose maximum is not finite is a NaN of its numbers, or 0."""
+    k = constants(x[0])
+    if everywhere(finite(maximum)):
+        return total, total_lo
+    found = every_lane(k.zero)
+    for c in range(classes):
+        value = line_at(x, c * k.lanes)
+        found = select(value == value, found, value)
+    return select(finite(maximum), total, found), select(finite(maximum), total_lo, k.zero)
+
+
+@helper
+def pick_from_tile(x, labels, r, rows, classes, picked):
+    """The logits of the labels (outer, inner), NaN for those outside."""
+    k = constants(x[0])
+    put_line(picked, 0, k.nan)
+    for lane in range(rows):
+        i, j = position(r + lane, labels.shape[1])
+        label = labels[i, j]
+        if 0 <= label < classes:
+            picked[lane] = x[label * k.lanes + lane]
+    return line_at(picked, 0)
 
 
 @helper
@@ -1607,13 +1626,8 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
-                put_line(picked, 0, k.nan)
-                for lane in range(rows):
-                    i, j = position(r + lane, inner)
-                    label = indices[i, pick, j]
-                    if 0 <= label < classes:
-                        picked[lane] = x[label * k.lanes + lane]
-                result = log_probability(line_at(picked, 0), maximum, f, t)
+                value = pick_from_tile(x, indices[:, pick, :], r, rows, classes, picked)
+                result = log_probability(value, maximum, f, t)
                 store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
         return
     blocks = block_room(logits)
@@ -2009,6 +2023,30 @@ def keep_largest(x, first, top_x, top_index, kept):
     return kept
 
 
+@helper
+def largest_of_tile(x, classes):
+    """Each row's largest logit, as keep_largest has it of one, and its class as a number."""
+    k = constants(x[0])
+    top, best, number = line_at(x, 0), every_lane(k.zero), every_lane(k.zero)
+    for c in range(1, classes):
+        line = line_at(x, c * k.lanes)
+        number = number + k.one
+        after = select(line > top, every_lane(k.one), k.zero)
+        is_above = select(line == line, after, select(top == top, every_lane(k.one), k.zero)) > k.zero
+        top, best = select(is_above, line, top), select(is_above, number, best)
+    return top, best
+
+
+@helper
+def entropy_dots(x, e, classes, maximum, t):
+    """As entropy_dot for each row of a tile; destroys the terms in e."""
+    k = constants(x[0])
+    for c in range(0, classes * k.lanes, k.lanes):
+        put_line(e, c, entropy_term(line_at(x, c), line_at(e, c), maximum, t))
+    dot, _, _ = sum_tile(e, classes)
+    return select(finite(maximum), dot / k.exp_scale, k.zero)
+
+
 @allocating
 def score_rows(
     logits,
@@ -2029,8 +2067,35 @@ def score_rows(
     logits, where, labels = borrowed(logits), borrowed(where), borrowed(labels)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, BLOCK_BYTES), scratch(temperature, BLOCK_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
+    if top_indices.shape[2] == 1 and by_tile(logits, end - begin):
+        numbers = scratch(temperature, LINE_BYTES)
+        for r in range(begin, end, k.lanes):
+            rows = min(k.lanes, end - r)
+            load_tile(x, logits, r, rows)
+            mask_tile(x, where, r, rows, -k.infinity)
+            copy(e, x, classes * k.lanes)
+            maximum = maximum_of_tile(x, classes)
+            total, total_lo = reduce_loaded(e, classes, maximum, t, True)
+            total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
+            f = finish_row(maximum, total, total_lo)
+            top, best = largest_of_tile(x, classes)
+            certain = probability(k.exp_scale + (top - top), f)
+            store_line(logsumexp, log_sum(maximum, total, f, t), r, rows)
+            store_line(entropy, f[0] + entropy_dots(x, e, classes, maximum, t) * (f[2] * k.exp_scale), r, rows)
+            store_line(confidence, certain, r, rows)
+            store_line(top_probabilities[:, :, 0], certain, r, rows)
+            if labels.size:
+                value = pick_from_tile(x, labels, r, rows, classes, numbers)
+                store_line(loss, k.zero - log_probability(value, maximum, f, t), r, rows)
+            put_line(numbers, 0, best)
+            for lane in range(rows):
+                i, j = position(r + lane, inner)
+                prediction[i, j] = top_indices[i, j, 0] = int(numbers[lane])
+                if labels.size:
+                    correct[i, j] = labels[i, j] == prediction[i, j]
+        return
     top_x = np.empty(top_indices.shape[2], logits.dtype)
     top_index = np.empty(top_indices.shape[2], np.int64)
     blocks = block_room(logits)

@@ -116,7 +116,8 @@ class Problem(NamedTuple):
 
     def run(self, logits: Array, grad: Array | None, losses: Array) -> None:
         operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
-        module, threads = _dispatch.select(operation, _rows.check_floats(logits, "logits"), logits.size)
+        classes, dtype = logits.shape[self.axis], _rows.check_floats(logits, "logits")
+        module, threads = _dispatch.select(operation, dtype, logits.size, classes)
 
         def kernel(logits: Array, where: Array, probabilities: Array, *rest: Array) -> Any:
             labels, sample_weight, loss_grad, *grads, losses = rest

@@ -427,7 +427,7 @@ def run_contiguous(
         and (out is other or not clashes(out, other))
     ):
         return None
-    module, threads = _dispatch.select(operation, dtype, size)
+    module, threads = _dispatch.select(operation, dtype, size, shape[-1])
     if module.__name__ != _dispatch.C_MODULE:
         return None
     result = np.empty(rows, dtype) if out is None else out
@@ -438,11 +438,11 @@ def run_contiguous(
     return result if rows or out is not None else result[()]
 
 
-def backend(operation: str, array: Array, dtype: np.dtype[Any]) -> tuple[ModuleType, int]:
-    """The backend module and the number of threads for an array, as logits of this dtype."""
+def backend(operation: str, array: Array, dtype: np.dtype[Any], axes: tuple[int, ...]) -> tuple[ModuleType, int]:
+    """The backend module and the number of threads for an array that is not empty, as logits of this dtype."""
     if isinstance(array, DeviceArray):
         return _dispatch.on_gpu(), 1
-    return _dispatch.select(operation, dtype, array.size)
+    return _dispatch.select(operation, dtype, array.size, math.prod(array.shape[axis] for axis in axes))
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any], out: Any = None) -> Array:
@@ -497,7 +497,7 @@ def run_full(
     if not array.size:
         return answer
     result = apart(target, "out", array, other)
-    module, threads = backend(operation, array, dtype)
+    module, threads = backend(operation, array, dtype, axes)
     kernel = getattr(module, operation)
     run(
         lambda array, other, out: kernel(array, other, *options, out, threads),

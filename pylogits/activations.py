@@ -266,7 +266,7 @@ def _logsumexp(logits: Any, axis: Axis, where: Any, temperature: Any, keepdims: 
     if not array.size and not _device.is_on_gpu(array):
         result[...] = -np.inf
     elif result.size:
-        module, threads = _rows.backend("logsumexp", array, dtype)
+        module, threads = _rows.backend("logsumexp", array, dtype, axes)
         _rows.run(
             lambda logits, where, out: module.logsumexp(logits, where, temperature, out, threads),
             module,
@@ -339,7 +339,7 @@ def selective_log_softmax(
     if picks.size:
         if not array.size:
             _rows.raise_bad_label(picks, "index", array.shape[number])
-        module, threads = _rows.backend("selective_log_softmax", array, dtype)
+        module, threads = _rows.backend("selective_log_softmax", array, dtype, (number,))
         _rows.run(
             lambda logits, indices, out: module.selective_log_softmax(logits, indices, temperature, out, threads),
             module,

@@ -76,7 +76,7 @@ def _dense_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: Any
     result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
         array, weights = (np.broadcast_to(each, shape, subok=True) for each in (array, weights))
-        module, threads = _rows.backend("softmax_cross_entropy_with_logits", array, dtype)
+        module, threads = _rows.backend("softmax_cross_entropy_with_logits", array, dtype, (number,))
         _rows.run(
             lambda logits, labels, out: module.softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module,
@@ -144,7 +144,7 @@ def _sparse_cross_entropy(labels: Any, logits: Any, axis: SupportsIndex, out: An
         _rows.check_out(out, rows, _rows.row_dtype(dtype), on_gpu=_device.is_on_gpu(array))
     result = _rows.empty(logits, rows, _rows.row_dtype(dtype), out)
     if result.size:
-        module, threads = _rows.backend("sparse_softmax_cross_entropy_with_logits", array, dtype)
+        module, threads = _rows.backend("sparse_softmax_cross_entropy_with_logits", array, dtype, (number,))
         _rows.run(
             lambda logits, labels, out: module.sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads),
             module,

@@ -105,7 +105,7 @@ def score(
     if on_gpu:
         row_outputs[4:6] = [np.moveaxis(result, number, -1) for result in results[4:6]]
     if array.size:
-        module, threads = _rows.backend("score", array, dtype)
+        module, threads = _rows.backend("score", array, dtype, (number,))
 
         def kernel(logits: Any, *arrays: Any) -> Any:
             labels, arrays = (arrays[0], arrays[1:]) if targets is not None else (None, (*arrays, None, None))
