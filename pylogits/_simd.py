@@ -22,7 +22,8 @@ DTYPES = frozenset(_CODES)
 _WIDE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _TASK, _VOID, _BYTES, _INTEGERS = map(ffi.typeof, ("struct pl_task *", "void *", "char[]", "int64_t[]"))
 _SCORE_TYPES = {"prediction": _INTEGERS, "top_k_indices": _INTEGERS, "correct": ffi.typeof("unsigned char[]")}
-_SCORES, _NO_OPTIONS = Scores._fields, LossOptions()
+_SCORES = [(name, _SCORE_TYPES.get(name, _BYTES)) for name in Scores._fields]
+_NO_OPTIONS = LossOptions()
 # Looked up once: a small call is little more than its look-ups.
 _from_buffer = ffi.from_buffer
 _run_contiguous = lib.pl_run_contiguous
@@ -73,9 +74,9 @@ def _task(
         for name, value in losses.items():
             setattr(fields, name, _loss_field(name, value))
     if scores is not None:
-        for name, array in zip(_SCORES, scores, strict=True):
+        for (name, kind), array in zip(_SCORES, scores, strict=True):
             if array is not None:
-                setattr(task, name, _from_buffer(_SCORE_TYPES.get(name, _BYTES), array))
+                setattr(task, name, _from_buffer(kind, array))
     return task
 
 
