@@ -146,6 +146,14 @@ def test_threads_from_the_crossover_on(threads):
         assert _dispatch.threads_for("reference", "softmax", np.dtype(np.float32), size) == 1
 
 
+def test_rows_count_as_work(threads):
+    pylogits.set_num_threads(3)
+    rows = _crossovers.SERIAL_BELOW["c"]["softmax"][4] // (3 + _dispatch.ROW_WORK) + 1
+    for classes, expected in ((3, 3), (3 * rows, 1)):
+        with pylogits.use_backend("c"):
+            assert _dispatch.select("softmax", np.dtype(np.float32), 3 * rows, classes)[1] == expected
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, np.int64(5)])
 def test_set_num_threads(threads, n):
     assert pylogits.set_num_threads(n) is None

@@ -376,6 +376,9 @@ def test_out_is_no_array(call):
             function(out)
 
 
+OVERLAPS = ["shifted down", "shifted right", "transposed", "reversed rows", "reversed classes"]
+
+
 def overlapping(kind, dtype):
     """Return logits of (13, 13), and an out that shares part of their memory."""
     buffer = np.random.default_rng(0).standard_normal((14, 13)).astype(dtype)
@@ -391,7 +394,7 @@ def overlapping(kind, dtype):
 
 
 @pytest.mark.parametrize("function", ELEMENTWISE)
-@pytest.mark.parametrize("kind", ["shifted down", "shifted right", "transposed", "reversed rows", "reversed classes"])
+@pytest.mark.parametrize("kind", OVERLAPS)
 def test_out_overlaps_logits(backend, dtype, function, kind):
     """Right, or refused before anything is written."""
     logits, out = overlapping(kind, dtype)
@@ -428,17 +431,26 @@ def test_small_out_overlaps_logits(backend, dtype):
             check(call, logits, logits[place])
 
 
-def test_out_overlaps_labels(backend, dtype):
+@pytest.mark.parametrize("place", [np.s_[:, 0], np.s_[0]])
+def test_out_overlaps_labels(backend, dtype, place):
     logits, _ = overlapping("transposed", dtype)
     labels = abs(logits)[::-1].copy()
     expected, before = dense(labels, logits), labels.copy()
     try:
-        dense(labels, logits, out=labels[:, 0])
+        dense(labels, logits, out=labels[place])
     except ValueError as error:
         assert "out" in str(error)
         np.testing.assert_array_equal(labels, before)
     else:
-        np.testing.assert_array_equal(labels[:, 0], expected)
+        np.testing.assert_array_equal(labels[place], expected)
+
+
+@pytest.mark.parametrize("kind", OVERLAPS)
+def test_out_overlaps_grad(backend, dtype, kind):
+    grad, out = overlapping(kind, dtype)
+    probs = pylogits.softmax(grad)
+    expected = pylogits.softmax_backward(grad.copy(), probs)
+    np.testing.assert_array_equal(pylogits.softmax_backward(grad, probs, out=out), expected)
 
 
 def test_out_overlaps_where(backend):
