@@ -100,7 +100,7 @@ bench-losses: $(VENV)/installed  ## the losses, gradients and options beside the
 	$(BIN)/python bench/losses.py $(LOSSES)
 
 .PHONY: tune
-tune: $(VENV)/installed  ## measure from which size on a second thread pays, and write pylogits/_crossovers.py (ten minutes)
+tune: $(VENV)/installed  ## measure from which size on a second thread pays, and write pylogits/_crossovers.py (a quarter of an hour)
 	$(BIN)/python bench/dispatch.py --write
 
 .PHONY: bench-dispatch

@@ -1425,11 +1425,17 @@ def maximum_of_tile(x, classes):
 
 
 @helper
-def reduce_tile(logits, where, r, rows, x, t, keep):
-    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms."""
+def stage_tile(logits, where, r, rows, x):
+    """The logits of a tile in x, and their maxima."""
     load_tile(x, logits, r, rows)
     mask_tile(x, where, r, rows, -constants(x[0]).infinity)
-    maximum = maximum_of_tile(x, logits.shape[1])
+    return maximum_of_tile(x, logits.shape[1])
+
+
+@helper
+def reduce_tile(logits, where, r, rows, x, t, keep):
+    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms."""
+    maximum = stage_tile(logits, where, r, rows, x)
     total, total_lo = reduce_loaded(x, logits.shape[1], maximum, t, keep)
     return maximum, total, total_lo
 
@@ -2073,11 +2079,10 @@ def score_rows(
         numbers = scratch(temperature, LINE_BYTES)
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            load_tile(x, logits, r, rows)
-            mask_tile(x, where, r, rows, -k.infinity)
+            maximum = stage_tile(logits, where, r, rows, x)
             copy(e, x, classes * k.lanes)
-            maximum = maximum_of_tile(x, classes)
             total, total_lo = reduce_loaded(e, classes, maximum, t, True)
+            # By the logits: in e are terms, which beside an infinity are NaN.
             total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
             f = finish_row(maximum, total, total_lo)
             top, best = largest_of_tile(x, classes)
@@ -2513,8 +2518,7 @@ def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
 
 
 def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad, grad, out, options, threads):
-    absent = where, sample_weight, grad, options.weight, options.ignore_index, options.softcap
-    if labels is not None and all(option is None for option in absent) and options.label_smoothing == options.z_loss == 0:
+    if labels is not None and options.are_default and all(array is None for array in (where, sample_weight, grad)):
         # without options, the kernel that is made for it, with the same bits
         where, labels, out = _where(None, logits), labels[:, None], out[:, None]
         return _run(pick_pieces, threads, logits, where, labels, options.temperature, True, out)
