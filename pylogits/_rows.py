@@ -33,10 +33,14 @@ CALL_SIZE = 1 << 26
 
 _FLOAT32, _FLOAT64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 # One number a row.
-_PER_ROW = frozenset({"logsumexp", "softmax_cross_entropy_with_logits", "sparse_softmax_cross_entropy_with_logits"})
+_PER_ROW = frozenset(
+    {"logsumexp", "softmax_cross_entropy_with_logits", "sparse_softmax_cross_entropy_with_logits", "cross_entropy"}
+)
 _OTHERS = {  # what second operands are, for the C backend
     "softmax_cross_entropy_with_logits": "probabilities",
     "sparse_softmax_cross_entropy_with_logits": "labels",
+    "cross_entropy": "labels",
+    "cross_entropy_value_and_grad": "labels",
     "softmax_backward": "grad",
     "log_softmax_backward": "grad",
 }
@@ -400,12 +404,21 @@ def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array], convert: C
 
 
 def run_contiguous(
-    operation: str, logits: Any, other: Any = None, axis: Any = -1, where: Any = None, temperature: Any = 1.0, out: Any = None
+    operation: str,
+    logits: Any,
+    other: Any = None,
+    axis: Any = -1,
+    where: Any = None,
+    temperature: Any = 1.0,
+    out: Any = None,
+    losses: Array | None = None,
+    scale: tuple[float, float] = (1.0, 0.0),
 ) -> Any:
     """The common case of an operation, straight into C; None where it isn't the common case.
 
     That is C-contiguous arrays of one dtype, float32 or float64, class axis last, no options, and int64 labels. What may be
-    wrong with anything else, the general way says. `other` is the operation's second operand, where it has one.
+    wrong with anything else, the general way says. `other` is the operation's second operand, where it has one. An operation
+    with two outputs has gradients, by `scale`, in the one that is given or made here, and `losses` where the caller wants them.
     """
     if where is not None or type(axis) is not int or type(temperature) is not float:
         return None
@@ -418,17 +431,17 @@ def run_contiguous(
     shape, size = logits.shape, logits.size
     if not (shape and 0 < size <= CALL_SIZE):
         return None
-    rows = shape[:-1] if operation in _PER_ROW else shape
+    result_shape = shape[:-1] if operation in _PER_ROW else shape
     name = _OTHERS.get(operation)
     if name is not None:
-        wanted, likewise = (_INT64, rows) if name == "labels" else (dtype, shape)
+        wanted, likewise = (_INT64, shape[:-1]) if name == "labels" else (dtype, shape)
         if not (type(other) is np.ndarray and other.dtype is wanted and other.flags.carray and other.shape == likewise):
             return None
     if out is not None and not (
         type(out) is np.ndarray
         and out.dtype is dtype
         and out.flags.carray
-        and out.shape == rows
+        and out.shape == result_shape
         and (out is logits or not clashes(out, logits))
         and (out is other or not clashes(out, other))
     ):
@@ -436,12 +449,14 @@ def run_contiguous(
     module, threads = _dispatch.select(operation, dtype, size, shape[-1])
     if module.__name__ != _dispatch.C_MODULE:
         return None
-    result = np.empty(rows, dtype) if out is None else out
-    others = {} if name is None else {name: other}
-    status = module.run_contiguous(module.OPERATIONS[operation], dtype, logits, size, shape[-1], threads, out=result, **others)
+    result = np.empty(result_shape, dtype) if out is None else out
+    arguments = {"out": result} if losses is None else {"out": losses, "grad": result, "scale": scale}
+    if name is not None:
+        arguments[name] = other
+    status = module.run_contiguous(module.OPERATIONS[operation], dtype, logits, size, shape[-1], threads, **arguments)
     if status != -1 and name == "labels":
-        raise_bad_label(other, "label", shape[-1])
-    return result if rows or out is not None else result[()]
+        raise_bad_label(other, "label" if operation == "sparse_softmax_cross_entropy_with_logits" else "target", shape[-1])
+    return result if result_shape or out is not None else result[()]
 
 
 def backend(operation: str, array: Array, dtype: np.dtype[Any], axes: tuple[int, ...]) -> tuple[ModuleType, int]:

@@ -38,6 +38,8 @@ OPERATIONS = {
     "logsumexp": lib.PL_LOGSUMEXP,
     "softmax_cross_entropy_with_logits": lib.PL_CROSS_ENTROPY,
     "sparse_softmax_cross_entropy_with_logits": lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
+    "cross_entropy": lib.PL_SPARSE_SOFTMAX_CROSS_ENTROPY,
+    "cross_entropy_value_and_grad": lib.PL_CROSS_ENTROPY,
     "softmax_backward": lib.PL_SOFTMAX_BACKWARD,
     "log_softmax_backward": lib.PL_LOG_SOFTMAX_BACKWARD,
 }

@@ -8,7 +8,14 @@ import numpy.typing as npt
 
 from pylogits import _device, _rows
 from pylogits._float_state import standard_arithmetic
-from pylogits._problem import Total, check_classes, check_problem
+from pylogits._problem import REDUCTIONS, ROWS_AT_A_TIME, Total, check_classes, check_problem
+from pylogits._reference import reciprocal
+
+_NEUTRAL = {
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "temperature": 1.0,
+}  # where these change nothing; other options are None
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
@@ -397,8 +404,56 @@ reduction, out
     )
 
 
-@standard_arithmetic
 def run_cross_entropy(
+    logits: Any,
+    targets: Any,
+    axis: SupportsIndex,
+    out: Any,
+    differentiate: bool,
+    grad_out: Any = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    plain = None if out is not None else _plain_cross_entropy(logits, targets, axis, differentiate, grad_out, **options)
+    return plain or _general_cross_entropy(logits, targets, axis, out, differentiate, grad_out, **options)
+
+
+def _plain_cross_entropy(
+    logits: Any, targets: Any, axis: Any, differentiate: bool, grad_out: Any, reduction: Any, **options: Any
+) -> tuple[Any, Any] | None:
+    """The common case, as `_rows.run_contiguous` has it; None where it isn't."""
+    for name, value in options.items():
+        neutral = _NEUTRAL.get(name)
+        if not (value is neutral or (type(value) is float and value == neutral)):
+            return None
+    if type(logits) is not np.ndarray or logits.ndim == 0 or type(reduction) is not str or reduction not in REDUCTIONS:
+        return None
+    dtype, rows = logits.dtype, logits.shape[:-1]
+    count = math.prod(rows)
+    if dtype.char not in "fd" or not 0 < count <= ROWS_AT_A_TIME:
+        return None
+    denominator = 1.0 if reduction in ("none", "sum") else float(count)
+    losses = np.empty(rows, dtype)
+    if differentiate:
+        scale = reciprocal(denominator, 1.0, dtype)
+        operation = "cross_entropy_value_and_grad"
+        grad = _rows.run_contiguous(operation, logits, targets, axis, out=grad_out, losses=losses, scale=scale)
+    else:
+        grad = _rows.run_contiguous("cross_entropy", logits, targets, axis, out=losses)
+    if grad is None:
+        return None
+    if reduction == "none":
+        return losses if rows else losses[()], grad
+    return _reduce_few(losses, denominator), grad
+
+
+@standard_arithmetic
+def _reduce_few(losses: Any, denominator: float) -> Any:
+    """What `Total` and `Problem.reduce` make of ROWS_AT_A_TIME losses or fewer."""
+    return losses.dtype.type((np.add.reduce(losses, axis=None, dtype=np.float64) + 0.0) / denominator)
+
+
+@standard_arithmetic
+def _general_cross_entropy(
     logits: Any,
     targets: Any,
     axis: SupportsIndex,

@@ -372,6 +372,44 @@ def test_many_rows_are_summed_alike_however_they_lie(backend, monkeypatch):
     assert again[0] == pytest.approx(whole[0], rel=1e-15)
 
 
+def alike(a, b):
+    same_type = type(a) is type(b) and np.asarray(a).dtype == np.asarray(b).dtype
+    return same_type and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights"])
+@pytest.mark.parametrize("shape", [(3,), (1, 10), (37, 129), (4, 5, 6), (70000, 2)])
+def test_the_common_case_is_no_exception(backend, dtype, shape, reduction):
+    """Contiguous logits with int64 labels take a shorter way. Labels of another dtype don't, nor does an `out`."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal(shape) * 5).astype(dtype)
+    x[..., 1] += 100 * rng.integers(2, size=shape[:-1])  # losses near 0
+    targets = rng.integers(shape[-1], size=shape[:-1])
+    few = np.asarray(targets, np.uint8)
+    plain, grad = value_and_grad(x, np.asarray(targets), reduction=reduction)
+    assert isinstance(plain, np.ndarray) == (reduction == "none" and len(shape) > 1)
+    for got in (
+        value_and_grad(x, few, reduction=reduction),
+        value_and_grad(x, np.asarray(targets), reduction=reduction, grad_out=np.full_like(x, 7)),
+        value_and_grad(in_place := x.copy(), np.asarray(targets), reduction=reduction, grad_out=in_place),
+        (pylogits.cross_entropy(x, np.asarray(targets), reduction=reduction), grad),
+        (pylogits.cross_entropy(x, few, reduction=reduction), grad),
+    ):
+        assert alike(got[0], plain)
+        assert alike(got[1], grad)
+    out = np.empty(np.shape(plain), dtype)
+    assert pylogits.cross_entropy(x, np.asarray(targets), reduction=reduction, out=out) is out
+    np.testing.assert_array_equal(out, plain)
+
+
+def test_a_bad_target_leaves_grad_out_alone(backend, dtype):
+    x, grad = np.zeros((3, 4), dtype), np.full((3, 4), 7, dtype)
+    for targets in (np.array([0, 4, 1]), np.array([0, 4, 1], np.int32)):
+        with pytest.raises(ValueError, match=r"target 4 at index \(1,\) is outside \[0, 4\)"):
+            value_and_grad(x, targets, grad_out=grad)
+        assert (grad == 7).all()
+
+
 # ---- memory ----
 
 
@@ -476,11 +514,13 @@ for shape in ((1000, 10000), (1000000, 10)):
         ({"sample_weight": [1, np.inf]}, ValueError, r"sample_weight inf at index \(1,\) is not finite"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\].*1\.5"),
         ({"label_smoothing": "0"}, TypeError, "label_smoothing must be a real number, not '0'"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing must be a real number, not None"),
         ({"label_smoothing": 10**400}, ValueError, r"label_smoothing must be in \[0, 1\]"),
         ({"z_loss": 10**400}, ValueError, "z_loss must be finite"),
         ({"z_loss": np.nan}, ValueError, "z_loss must be finite"),
         ({"softcap": 0}, ValueError, "softcap must be positive and finite.*not 0"),
         ({"softcap": np.inf}, ValueError, "softcap must be positive and finite"),
+        ({"temperature": np.nan}, ValueError, "temperature must be positive and finite"),
         ({"temperature": 0}, ValueError, "temperature must be positive and finite"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of mean|none|.*'avg'"),
         ({"axis": 2}, ValueError, "axis 2 is out of bounds"),
@@ -496,8 +536,13 @@ def test_errors(options, error, message):
     given = {"logits": LOGITS, "targets": TARGETS, "reduction": "none", "out": out, "grad_out": grad_out} | options
     if given["reduction"] != "none":
         del given["out"]
+    logits, targets = given.pop("logits"), given.pop("targets")
     with pytest.raises(error, match=message):
-        value_and_grad(given.pop("logits"), given.pop("targets"), **given)
+        value_and_grad(logits, targets, **given)
+    if "out" not in options:
+        given.pop("out", None)
+        with pytest.raises(error, match=message):
+            value_and_grad(logits, targets, **given)
     assert (out == 7).all()
     assert (grad_out == 7).all()
 

@@ -85,6 +85,8 @@ def results(x, half, labels, grad, weight, sample_weight, probabilities):
         pylogits.log_softmax_backward(grad, x),
         pylogits.softmax_cross_entropy_with_logits(labels=probabilities, logits=x),
         pylogits.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=x),
+        pylogits.cross_entropy(x, labels),
+        *pylogits.cross_entropy_value_and_grad(x[:600], labels[:600]),
         pylogits.cross_entropy(x, labels, **options),
         *pylogits.cross_entropy_value_and_grad(x, labels, sample_weight=sample_weight, ignore_index=3, **options),
         *pylogits.cross_entropy_value_and_grad(x, probabilities, reduction="none"),
