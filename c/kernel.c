@@ -32,6 +32,7 @@
 #define GROUP (LINES_PER_GROUP * LANES)
 #define ROOM (TILE * LANES)
 #define BLOCK (BLOCK_BYTES / (int64_t)sizeof(REAL))
+#define ACROSS ((int64_t)(sizeof(VEC) < 16 ? 1 : 16 / sizeof(REAL))) /* elements of a piece, see vec_load_across */
 #define VEC_LANES ((int)(sizeof(VEC) / sizeof(REAL)))
 #define LINE_VECS (LANES / VEC_LANES)
 #define ROUND_UP(n, unit) (((n) + (unit)-1) / (unit) * (unit))
@@ -69,20 +70,6 @@ static inline float atanh_tail_f32(float w)
   return w * FMA(FMA(FMA(FMA(2.f / 11, w, 2.f / 9), w, 2.f / 7), w, 2.f / 5), w, 2.f / 3);
 }
 
-/* Rows become columns. */
-typedef float quad_f32 __attribute__((vector_size(16)));
-#define ACROSS 4
-
-static inline void transpose_f32(quad_f32 *q)
-{
-  const quad_f32 a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-  const quad_f32 c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-  q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
-}
-
 #include "exp.inc.h"
 #include "rows.inc.h"
 #include "results.inc.h"
@@ -106,7 +93,6 @@ static inline void transpose_f32(quad_f32 *q)
 #undef GRID
 #undef FAR
 #undef EXP_TERMS
-#undef ACROSS
 #undef ROUND_SHIFT
 #undef SQRT_HALF_BITS
 #undef LOG2_E
@@ -162,16 +148,6 @@ static inline double atanh_tail_f64(double w)
   q = FMA(q, w, 2.0 / 7);
   q = FMA(q, w, 2.0 / 5);
   return w * FMA(q, w, 2.0 / 3);
-}
-
-typedef double quad_f64 __attribute__((vector_size(16)));
-#define ACROSS 2
-
-static inline void transpose_f64(quad_f64 *q)
-{
-  const quad_f64 a = __builtin_shufflevector(q[0], q[1], 0, 2);
-  q[1] = __builtin_shufflevector(q[0], q[1], 1, 3);
-  q[0] = a;
 }
 
 #include "exp.inc.h"

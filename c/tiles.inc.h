@@ -26,7 +26,7 @@ static void FN(store_strips)(const struct pl_task *task, const struct pl_view *v
       EACH_VEC(v) FN(vec_store)((REAL *)(void *)base + i * LANES + v, FN(vec_load)(x[i] + c * LANES + v));
 }
 
-/* Whether rows are contiguous and long enough to be moved in blocks of ACROSS x ACROSS. */
+/* Whether rows are contiguous and long enough to be moved in blocks of VEC_LANES rows x ACROSS classes. */
 static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
 {
   return dtype == NATIVE_DTYPE && stride == (int64_t)sizeof(REAL) && classes >= ACROSS;
@@ -34,18 +34,16 @@ static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
 
 INLINE void FN(load_block)(REAL *x, char *const *rows, int64_t c)
 {
-  FN(quad) q[ACROSS];
-  for (int i = 0; i < ACROSS; i++) memcpy(&q[i], rows[i] + c * (int64_t)sizeof(REAL), sizeof *q);
-  FN(transpose)(q);
-  for (int i = 0; i < ACROSS; i++) memcpy(x + i * LANES, &q[i], sizeof *q);
+  VEC q[ACROSS];
+  FN(vec_load_across)(q, rows, c * (int64_t)sizeof(REAL));
+  for (int i = 0; i < ACROSS; i++) FN(vec_store)(x + i * LANES, q[i]);
 }
 
 INLINE void FN(store_block)(char *const *rows, int64_t c, const REAL *x)
 {
-  FN(quad) q[ACROSS];
-  for (int i = 0; i < ACROSS; i++) memcpy(&q[i], x + i * LANES, sizeof *q);
-  FN(transpose)(q);
-  for (int i = 0; i < ACROSS; i++) memcpy(rows[i] + c * (int64_t)sizeof(REAL), &q[i], sizeof *q);
+  VEC q[ACROSS];
+  for (int i = 0; i < ACROSS; i++) q[i] = FN(vec_load)(x + i * LANES);
+  FN(vec_store_across)(q, rows, c * (int64_t)sizeof(REAL));
 }
 
 /* Missing rows of the last tile are zeros. */
@@ -68,7 +66,7 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
   for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, view->classes, dtype)) {
     const int64_t last = classes - ACROSS; /* this block overlaps the one before */
-    for (; l + ACROSS <= rows; l += ACROSS) {
+    for (; l + VEC_LANES <= rows; l += VEC_LANES) {
       for (int64_t c = 0; c < last; c += ACROSS) FN(load_block)(x + c * LANES + l, base + l, c);
       FN(load_block)(x + last * LANES + l, base + l, last);
     }
@@ -94,7 +92,7 @@ static void FN(store_tile)(const struct pl_task *task, const struct pl_view *vie
   for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
   if (FN(in_blocks)(classes, stride, dtype)) {
     const int64_t last = classes - ACROSS;
-    for (; l + ACROSS <= rows; l += ACROSS) {
+    for (; l + VEC_LANES <= rows; l += VEC_LANES) {
       for (int64_t c = 0; c < last; c += ACROSS) FN(store_block)(base + l, c, x + c * LANES + l);
       FN(store_block)(base + l, last, x + last * LANES + l);
     }

@@ -55,3 +55,45 @@ typedef __m256d vec_f64;
 /* clang-format off */
 VEC_OPERATIONS(f32, float, vec_f32, ps, epi32, epi32, 23, int, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
 VEC_OPERATIONS(f64, double, vec_f64, pd, epi64, epi64x, 52, int64_t, _mm256_setr_epi64x(0, 1, 2, 3))
+/* clang-format on */
+
+/* Within 16 bytes rows become columns, and columns rows. */
+static inline void vec_turn_f32(vec_f32 *q)
+{
+  const vec_f64 a = (vec_f64)_mm256_unpacklo_ps(q[0], q[1]), b = (vec_f64)_mm256_unpacklo_ps(q[2], q[3]);
+  const vec_f64 c = (vec_f64)_mm256_unpackhi_ps(q[0], q[1]), d = (vec_f64)_mm256_unpackhi_ps(q[2], q[3]);
+  q[0] = (vec_f32)_mm256_unpacklo_pd(a, b);
+  q[1] = (vec_f32)_mm256_unpackhi_pd(a, b);
+  q[2] = (vec_f32)_mm256_unpacklo_pd(c, d);
+  q[3] = (vec_f32)_mm256_unpackhi_pd(c, d);
+}
+
+static inline void vec_turn_f64(vec_f64 *q)
+{
+  const vec_f64 a = _mm256_unpacklo_pd(q[0], q[1]);
+  q[1] = _mm256_unpackhi_pd(q[0], q[1]);
+  q[0] = a;
+}
+
+#define VEC_ACROSS(T, VEC, N)                                                                                                  \
+  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  {                                                                                                                            \
+    for (int i = 0; i < N; i++) {                                                                                              \
+      const __m128i low = _mm_loadu_si128((const void *)(rows[i] + at)),                                                       \
+                    high = _mm_loadu_si128((const void *)(rows[i + N] + at));                                                  \
+      q[i] = (VEC)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);                                               \
+    }                                                                                                                          \
+    vec_turn_##T(q);                                                                                                           \
+  }                                                                                                                            \
+  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  {                                                                                                                            \
+    vec_turn_##T(q);                                                                                                           \
+    for (int i = 0; i < N; i++) {                                                                                              \
+      _mm_storeu_si128((void *)(rows[i] + at), _mm256_castsi256_si128((__m256i)q[i]));                                         \
+      _mm_storeu_si128((void *)(rows[i + N] + at), _mm256_extracti128_si256((__m256i)q[i], 1));                                \
+    }                                                                                                                          \
+  }
+
+/* clang-format off */
+VEC_ACROSS(f32, vec_f32, 4)
+VEC_ACROSS(f64, vec_f64, 2)

@@ -54,3 +54,49 @@ typedef __m512d vec_f64;
 /* clang-format off */
 VEC_OPERATIONS(f32, float, vec_f32, ps, epi32, 23, __mmask16)
 VEC_OPERATIONS(f64, double, vec_f64, pd, epi64, 52, __mmask8)
+/* clang-format on */
+
+/* Within 16 bytes rows become columns, and columns rows. */
+static inline void vec_turn_f32(vec_f32 *q)
+{
+  const vec_f64 a = (vec_f64)_mm512_unpacklo_ps(q[0], q[1]), b = (vec_f64)_mm512_unpacklo_ps(q[2], q[3]);
+  const vec_f64 c = (vec_f64)_mm512_unpackhi_ps(q[0], q[1]), d = (vec_f64)_mm512_unpackhi_ps(q[2], q[3]);
+  q[0] = (vec_f32)_mm512_unpacklo_pd(a, b);
+  q[1] = (vec_f32)_mm512_unpackhi_pd(a, b);
+  q[2] = (vec_f32)_mm512_unpacklo_pd(c, d);
+  q[3] = (vec_f32)_mm512_unpackhi_pd(c, d);
+}
+
+static inline void vec_turn_f64(vec_f64 *q)
+{
+  const vec_f64 a = _mm512_unpacklo_pd(q[0], q[1]);
+  q[1] = _mm512_unpackhi_pd(q[0], q[1]);
+  q[0] = a;
+}
+
+#define VEC_ACROSS(T, VEC, N)                                                                                                  \
+  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  {                                                                                                                            \
+    for (int i = 0; i < N; i++) {                                                                                              \
+      __m512i pieces = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(rows[i] + at)));                                  \
+      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + N] + at)), 1);                               \
+      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + 2 * N] + at)), 2);                           \
+      q[i] = (VEC)_mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + 3 * N] + at)), 3);                        \
+    }                                                                                                                          \
+    vec_turn_##T(q);                                                                                                           \
+  }                                                                                                                            \
+  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  {                                                                                                                            \
+    vec_turn_##T(q);                                                                                                           \
+    for (int i = 0; i < N; i++) {                                                                                              \
+      const __m512i pieces = (__m512i)q[i];                                                                                    \
+      _mm_storeu_si128((void *)(rows[i] + at), _mm512_castsi512_si128(pieces));                                                \
+      _mm_storeu_si128((void *)(rows[i + N] + at), _mm512_extracti32x4_epi32(pieces, 1));                                      \
+      _mm_storeu_si128((void *)(rows[i + 2 * N] + at), _mm512_extracti32x4_epi32(pieces, 2));                                  \
+      _mm_storeu_si128((void *)(rows[i + 3 * N] + at), _mm512_extracti32x4_epi32(pieces, 3));                                  \
+    }                                                                                                                          \
+  }
+
+/* clang-format off */
+VEC_ACROSS(f32, vec_f32, 4)
+VEC_ACROSS(f64, vec_f64, 2)

@@ -63,3 +63,38 @@ VEC_OPERATIONS(f32, float, vec_f32, u32, 23)
 VEC_OPERATIONS(f64, double, vec_f64, u64, 52)
 VEC_PARTS(f32, float, vec_f32, 4)
 VEC_PARTS(f64, double, vec_f64, 2)
+/* clang-format on */
+
+/* Rows become columns, and columns rows. */
+static inline void vec_turn_f32(vec_f32 *q)
+{
+  const vec_f64 a = (vec_f64)vzip1q_f32(q[0], q[1]), b = (vec_f64)vzip1q_f32(q[2], q[3]);
+  const vec_f64 c = (vec_f64)vzip2q_f32(q[0], q[1]), d = (vec_f64)vzip2q_f32(q[2], q[3]);
+  q[0] = (vec_f32)vzip1q_f64(a, b);
+  q[1] = (vec_f32)vzip2q_f64(a, b);
+  q[2] = (vec_f32)vzip1q_f64(c, d);
+  q[3] = (vec_f32)vzip2q_f64(c, d);
+}
+
+static inline void vec_turn_f64(vec_f64 *q)
+{
+  const vec_f64 a = vzip1q_f64(q[0], q[1]);
+  q[1] = vzip2q_f64(q[0], q[1]);
+  q[0] = a;
+}
+
+#define VEC_ACROSS(T, VEC, N)                                                                                                  \
+  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  {                                                                                                                            \
+    for (int i = 0; i < N; i++) q[i] = vld1q_##T((const void *)(rows[i] + at));                                                \
+    vec_turn_##T(q);                                                                                                           \
+  }                                                                                                                            \
+  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  {                                                                                                                            \
+    vec_turn_##T(q);                                                                                                           \
+    for (int i = 0; i < N; i++) vst1q_##T((void *)(rows[i] + at), q[i]);                                                       \
+  }
+
+/* clang-format off */
+VEC_ACROSS(f32, vec_f32, 4)
+VEC_ACROSS(f64, vec_f64, 2)

@@ -52,6 +52,15 @@ typedef double vec_f64;
   {                                                                                                                            \
     return x == y ? 0 : a;                                                                                                     \
   }                                                                                                                            \
+  /* VEC_LANES rows become columns: 16 bytes of each, from their offset `at` on, are a lane of the vectors q. */               \
+  static inline void vec_load_across_##T(REAL *q, char *const *rows, int64_t at)                                               \
+  {                                                                                                                            \
+    memcpy(q, rows[0] + at, sizeof *q);                                                                                        \
+  } /* here one element */                                                                                                     \
+  static inline void vec_store_across_##T(const REAL *q, char *const *rows, int64_t at)                                        \
+  {                                                                                                                            \
+    memcpy(rows[0] + at, q, sizeof *q);                                                                                        \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(REAL x, REAL y)                                                                        \
   {                                                                                                                            \
     return x == y;                                                                                                             \
