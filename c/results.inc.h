@@ -64,6 +64,24 @@ static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct 
   return FN(rounded)(FN(log_sum_pair)(max, f, t));
 }
 
+/* Whether rows lie side by side, as they do with a class axis that is not the last, and as one number a row does. */
+static inline bool FN(adjacent)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype)
+{
+  const int64_t stride = task->inner == 1 ? view->outer : view->inner;
+  return stride == pl_itemsize(dtype) && (task->inner == 1 || r % task->inner + rows <= task->inner);
+}
+
+/* One result a row. */
+static void FN(store_line)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *result)
+{
+  const int dtype = task->out_dtype;
+  if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
+    FN(store_many)(FN(row_at)(task, &task->out, r), result, pl_itemsize(dtype), rows, dtype);
+  } else {
+    for (int64_t l = 0; l < rows; l++) FN(store)(FN(row_at)(task, &task->out, r + l), result[l], dtype);
+  }
+}
+
 /* One picked log-probability, or the loss that is its negative: subtracted from 0, so that a certain row's is not -0. */
 static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REAL log_probability)
 {
@@ -109,6 +127,7 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct
   int64_t c = 0;
   if (!line->minuses) {
     const VEC minus = FN(vec_fill)(line->minus);
+#pragma GCC unroll 4
     for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(along)(FN(vec_load)(e + c), line, minus));
   }
   for (; c < n; c += VEC_LANES) {
@@ -251,4 +270,70 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
     FN(put)(&sink, b, room, n);
   }
   return -1;
+}
+
+/* ---- LANES rows at once ---- */
+
+static void FN(write_log_sums)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *max, const REAL *sum,
+                               const struct FN(closings) * f, struct FN(temperature) t)
+{
+  REAL result[LANES];
+  for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(max[l], sum[l], FN(closing_of)(f, l), t);
+  FN(store_line)(task, r, rows, result);
+}
+
+/* Pick k of each row: from its logit to its log-probability or loss. */
+static void FN(write_picks)(const struct pl_task *task, int64_t r, int64_t rows, int64_t k, REAL *picked, const REAL *max,
+                            const struct FN(closings) * f, struct FN(temperature) t)
+{
+  for (int l = 0; l < LANES; l++) picked[l] = FN(log_probability)(picked[l], max[l], FN(closing_of)(f, l), t);
+  if (task->operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY) {
+    for (int l = 0; l < LANES; l++) picked[l] = 0 - picked[l]; /* so that a certain row's loss is not -0 */
+    FN(store_line)(task, r, rows, picked);
+  } else {
+    for (int64_t l = 0; l < rows; l++) FN(store_pick)(task, FN(row_at)(task, &task->out, r + l), k, picked[l]);
+  }
+}
+
+/* write_row of rows of one block, where what is to be found out of each, as long as a row of 64, is the same for all. */
+static bool FN(write_short_rows)(const struct pl_task *task, int64_t r, int64_t rows, const struct FN(slot) * slots,
+                                 const REAL *max, const REAL *sum, const struct FN(closings) * f, struct FN(temperature) t,
+                                 int64_t *bad)
+{
+  const int64_t n = task->classes;
+  const bool log = task->operation == PL_LOG_SOFTMAX;
+  REAL picked[LANES];
+  switch (task->operation) {
+    case PL_SOFTMAX:
+    case PL_LOG_SOFTMAX:
+      if (!FN(as_is)(task, &task->out, task->out_dtype) || FN(sink_at)(task, r).streamed) return false;
+      for (int64_t i = 0; i < rows; i++) {
+        const struct FN(closing) closing = FN(closing_of)(f, i);
+        const struct FN(line) line = {closing.reciprocal, closing.reciprocal_lo, 0, NULL};
+        REAL *out = (REAL *)(void *)((char *)task->out.data + (r + i) * task->out.outer);
+        if (log) {
+          for (int64_t c = 0; c < n; c++) out[c] = FN(log_probability)(slots[i].x[c], max[i], closing, t);
+        } else {
+          FN(scale_terms)(slots[i].e, out, n, &line);
+        }
+      }
+      return true;
+    case PL_LOGSUMEXP:
+      FN(write_log_sums)(task, r, rows, max, sum, f, t);
+      return true;
+    case PL_SELECTIVE_LOG_SOFTMAX:
+    case PL_SPARSE_SOFTMAX_CROSS_ENTROPY:
+      for (int64_t k = 0; k < task->picks; k++) {
+        for (int64_t l = 0; l < LANES; l++) {
+          const int64_t label = l < rows ? FN(label)(task, r + l, k) : 0;
+          const bool inside = l < rows && label >= 0 && label < n;
+          picked[l] = inside ? slots[l].x[label] : NAN;
+          if (l < rows && !inside && *bad == -1) *bad = FN(flat_label)(task, r + l, k);
+        }
+        FN(write_picks)(task, r, rows, k, picked, max, f, t);
+      }
+      return true;
+    default:
+      return false;
+  }
 }

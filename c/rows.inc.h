@@ -240,6 +240,22 @@ static int64_t FN(count_classes)(const char *where, int64_t stride, int64_t n)
   return count;
 }
 
+/* VEC_LANES rows x ACROSS classes from and to a tile of LANES rows. */
+
+INLINE void FN(load_block)(REAL *x, char *const *rows, int64_t c)
+{
+  VEC q[ACROSS];
+  FN(vec_load_across)(q, rows, c * (int64_t)sizeof(REAL));
+  for (int i = 0; i < ACROSS; i++) FN(vec_store)(x + i * LANES, q[i]);
+}
+
+INLINE void FN(store_block)(char *const *rows, int64_t c, const REAL *x)
+{
+  VEC q[ACROSS];
+  for (int i = 0; i < ACROSS; i++) q[i] = FN(vec_load)(x + i * LANES);
+  FN(vec_store_across)(q, rows, c * (int64_t)sizeof(REAL));
+}
+
 /* n elements of a row from `first` on: where they lie, or converted in `room`. */
 static const REAL *FN(elements)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t first, int64_t n,
                                 REAL *room)
@@ -265,6 +281,12 @@ static const REAL *FN(stage)(const struct pl_task *task, int64_t r, int64_t firs
   return room;
 }
 
+/* Whether the elements of each row lie where they are needed, and as they are needed; and rows are one stride apart. */
+static inline bool FN(as_is)(const struct pl_task *task, const struct pl_view *view, int dtype)
+{
+  return dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL) && task->inner == 1 && !task->where.data;
+}
+
 #define EACH_VEC(v) _Pragma("GCC unroll 16") for (int v = 0; v < LANES; v += VEC_LANES)
 
 /* How many of n elements fall into the vector that starts at c. */
@@ -286,8 +308,8 @@ static inline VEC FN(group_maximum)(const REAL *x)
                         FN(vec_larger)(FN(vec_load)(x + 2 * LANES), FN(vec_load)(x + 3 * LANES)));
 }
 
-/* A NaN may get lost, and hide what it is compared with; it shows in the sum either way. */
-static REAL FN(maximum)(const REAL *x, int64_t n)
+/* Each lane's maximum. A NaN may get lost, and hide what it is compared with; it shows in the sum either way. */
+INLINE void FN(top_lanes)(const REAL *x, int64_t n, REAL *best)
 {
   REAL tail[GROUP];
   VEC top[LINE_VECS];
@@ -299,8 +321,13 @@ static REAL FN(maximum)(const REAL *x, int64_t n)
     FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
     EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(tail + v), top[v / VEC_LANES]);
   }
-  REAL best[LANES];
   EACH_VEC(v) FN(vec_store)(best + v, top[v / VEC_LANES]);
+}
+
+static REAL FN(maximum)(const REAL *x, int64_t n)
+{
+  REAL best[LANES];
+  FN(top_lanes)(x, n, best);
 #pragma GCC unroll 4
   for (int half = LANES / 2; half; half /= 2)
     for (int l = 0; l < half; l++) best[l] = best[l + half] > best[l] ? best[l + half] : best[l];
@@ -423,6 +450,50 @@ static REAL FN(join_lanes)(const struct FN(lanes) * lanes, REAL *result_lo)
   return FN(fast_two_sum)(s[0], s_lo[0], result_lo);
 }
 
+/* ---- the same of LANES rows, side by side ---- */
+
+/* The tree's lanes of LANES rows: [lane][row]. */
+struct FN(tree) {
+  REAL sum[LANES][LANES], lo[LANES][LANES];
+};
+
+/* A step of TwoSum for the rows of one vector, as a pair with `lo`. */
+INLINE void FN(add_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, VEC lo)
+{
+  VEC error;
+  FN(vec_store)(lane, FN(vec_two_sum)(FN(vec_load)(lane), sum, &error));
+  FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + error);
+}
+
+/* Step 3: the sums of the rows as pairs. */
+static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, REAL *sum_lo)
+{
+  const int64_t used = classes < LANES ? classes : LANES;
+  for (int64_t half = LANES / 2; half; half /= 2) {
+    for (int64_t j = 0; j < half && j + half < used; j++) {
+      EACH_VEC(v)
+      FN(add_to_lane)
+      (tree->sum[j] + v, tree->lo[j] + v, FN(vec_load)(tree->sum[j + half] + v), FN(vec_load)(tree->lo[j + half] + v));
+    }
+  }
+  for (int l = 0; l < LANES; l++) {
+    REAL lo;
+    const REAL hi = FN(fast_two_sum)(tree->sum[0][l], tree->lo[0][l], &lo);
+    const bool finite = FN(finite)(tree->sum[0][l]);
+    sum[l] = finite ? hi : tree->sum[0][l];
+    sum_lo[l] = finite ? lo : 0;
+  }
+}
+
+/* The lanes of rows become [lane][row]. */
+static void FN(turn_lanes)(char *const *lanes, REAL (*turned)[LANES])
+{
+  for (int l = 0; l < LANES; l += VEC_LANES)
+    for (int c = 0; c < LANES; c += ACROSS) FN(load_block)(turned[c] + l, lanes + l, c);
+}
+
+/* ---- distances, and numbers that are no exponentials ---- */
+
 INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin)
 {
   EACH_VEC(v)
@@ -537,16 +608,16 @@ static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, in
 }
 
 /* Step 3. */
-static inline struct FN(row) FN(finish_block)(const struct FN(block) * block)
+static inline void FN(finish_block)(const struct FN(block) * block, struct FN(row) * row)
 {
-  struct FN(row) row = {.max = block->max};
+  row->max = block->max;
+  row->sum_lo = 0;
   if (!FN(finite)(block->max)) {
-    memcpy(&row.sum, block->lanes.sum, sizeof row.sum);
-    return row;
+    memcpy(&row->sum, block->lanes.sum, sizeof row->sum);
+    return;
   }
-  row.sum = FN(join_lanes)(&block->lanes, &row.sum_lo);
-  row.sum = FN(add_ones)(row.sum, row.sum_lo, (REAL)block->ones, &row.sum_lo);
-  return row;
+  row->sum = FN(join_lanes)(&block->lanes, &row->sum_lo);
+  row->sum = FN(add_ones)(row->sum, row->sum_lo, (REAL)block->ones, &row->sum_lo);
 }
 
 /* The sum of exp(x - max) * (max - x) / temperature over a block, from what start_block kept; destroys e. */
@@ -705,7 +776,6 @@ struct FN(slot) {
   int64_t *top_index;
   int64_t kept;
   REAL dot;
-  struct FN(spread) spread;
 };
 
 /* Whether the second pass over a row is made from its terms. */
@@ -727,12 +797,10 @@ static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN
   FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &slot->kept);
 }
 
-static struct FN(row) FN(finish)(const struct FN(slot) * slot)
+static void FN(finish)(struct FN(slot) * slot)
 {
-  struct FN(row) row = FN(finish_block)(&slot->block);
-  row.dot = slot->dot;
-  row.spread = slot->spread;
-  return row;
+  FN(finish_block)(&slot->block, &slot->row);
+  slot->row.dot = slot->dot;
 }
 
 /* Whether rows go the common way: temperature 1, and maxima that are neither infinite nor large. */
@@ -743,7 +811,7 @@ static bool FN(all_near)(const REAL *max, int64_t rows, struct FN(temperature) t
   return near;
 }
 
-/* start_block for such rows, in one loop for all: the constants stay in registers. */
+/* Steps 1 and 2 of such rows, in one loop for all: the constants stay in registers. */
 INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n, const REAL *max, struct FN(temperature) t,
                                 const REAL *const *next, const REAL *const *to, bool keep)
 {
@@ -757,6 +825,50 @@ INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n
   }
 }
 
+/* From here on it pays to join the lanes of rows side by side. */
+#define MANY (LANES / 2)
+
+static void FN(maxima)(const struct FN(slot) * slots, int64_t rows, int64_t n, REAL *max)
+{
+  REAL best[LANES][LANES], turned[LANES][LANES];
+  char *lanes[LANES];
+  if (rows < MANY) {
+    for (int64_t i = 0; i < rows; i++) max[i] = FN(maximum)(slots[i].x, n);
+    return;
+  }
+  for (int64_t i = 0; i < rows; i++) FN(top_lanes)(slots[i].x, n, best[i]);
+  for (int64_t i = 0; i < LANES; i++) lanes[i] = (char *)best[i < rows ? i : 0];
+  FN(turn_lanes)(lanes, turned);
+  for (int half = LANES / 2; half; half /= 2) {
+    for (int j = 0; j < half; j++) EACH_VEC(v)
+    FN(vec_store)(turned[j] + v, FN(vec_larger)(FN(vec_load)(turned[j + half] + v), FN(vec_load)(turned[j] + v)));
+  }
+  memcpy(max, turned[0], sizeof turned[0]);
+}
+
+/* Step 3 of rows that went the common way. */
+static void FN(finish_near_rows)(struct FN(slot) * slots, int64_t rows)
+{
+  struct FN(tree) tree;
+  REAL ones[LANES], sum[LANES], sum_lo[LANES];
+  char *sums[LANES], *los[LANES];
+  for (int64_t i = 0; i < LANES; i++) {
+    struct FN(block) *block = &slots[i < rows ? i : 0].block;
+    sums[i] = (char *)block->lanes.sum;
+    los[i] = (char *)block->lanes.lo;
+    ones[i] = (REAL)block->ones;
+  }
+  FN(turn_lanes)(sums, tree.sum);
+  FN(turn_lanes)(los, tree.lo);
+  FN(join_tree)(&tree, LANES, sum, sum_lo);
+  for (int l = 0; l < LANES; l++) sum[l] = FN(add_ones)(sum[l], sum_lo[l], ones[l], &sum_lo[l]);
+  for (int64_t i = 0; i < rows; i++) {
+    slots[i].row.max = slots[i].block.max;
+    slots[i].row.sum = sum[i];
+    slots[i].row.sum_lo = sum_lo[i];
+  }
+}
+
 /* Rows of one block: step by step, so that the operations of a step, each waiting for the one before, overlap with other
  * rows'. With the steps row by row, a row of 64 took twice as long. */
 static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t rows, int64_t end, struct FN(temperature) t,
@@ -764,24 +876,34 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 {
   const int64_t n = task->classes;
   const bool keep = FN(keeps_terms)(task);
+  const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
-    slots[i].x = FN(stage)(task, r + i, 0, n, slots[i].room, keep ? slots[i].other : NULL);
-    max[i] = FN(maximum)(slots[i].x, n);
+    const char *row = (char *)task->logits.data + (r + i) * task->logits.outer;
+    slots[i].x =
+        as_is ? (const REAL *)(const void *)row : FN(stage)(task, r + i, 0, n, slots[i].room, keep ? slots[i].other : NULL);
+  }
+  FN(maxima)(slots, rows, n, max);
+  for (int64_t i = 0; i < rows; i++) {
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
     to[i] = keep ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
     if (task->operation == PL_CROSS_ENTROPY)
-      slots[i].spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
+      slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
-  if (task->operation == PL_SCORE || !FN(all_near)(max, rows, t)) {
+  const bool near = task->operation != PL_SCORE && FN(all_near)(max, rows, t);
+  if (!near) {
     for (int64_t i = 0; i < rows; i++) FN(start)(task, 0, max[i], t, next[i], to[i], &slots[i]);
   } else if (keep) {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, true);
   } else {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, false);
   }
-  for (int64_t i = 0; i < rows; i++) slots[i].row = FN(finish)(&slots[i]);
+  if (near && rows >= MANY) {
+    FN(finish_near_rows)(slots, rows);
+  } else {
+    for (int64_t i = 0; i < rows; i++) FN(finish)(&slots[i]);
+  }
 }
 
 /* Blocks [first, last) of a long row. */
@@ -793,8 +915,9 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
     slot->x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
-    if (task->operation == PL_CROSS_ENTROPY) slot->spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
+    if (task->operation == PL_CROSS_ENTROPY) slot->row.spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
     FN(start)(task, b, max, t, next, next, slot);
-    blocks[b] = FN(finish)(slot);
+    FN(finish)(slot);
+    blocks[b] = slot->row;
   }
 }

@@ -6,12 +6,14 @@ static bool FN(side_by_side)(const struct pl_task *task)
 }
 
 /* A tile pays where rows are short or lie side by side; few rows, and their top k, go by the row. How short was measured, with
- * AVX2: up to 200 floats or 100 doubles, and for the gradients through a result up to 160 and 70. */
+ * AVX2: up to 160 floats or 80 doubles; 112 and 56 for softmax and log_softmax, 128 and 64 for the gradients through them. (By
+ * the row, time grows by groups: it is at its best with 128, and worse than the tile's up to 140.) */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   const bool backward = pl_is_backward(task), loss = task->operation == PL_CROSS_ENTROPY;
   const int64_t most = backward ? TILE / 2 : loss ? 2 * TILE / TILES_OF_LOSS : TILE; /* by the room that there is */
-  const int64_t short_lines = backward ? 8 : 10;
+  const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
+  const int64_t short_lines = whole ? 7 : backward ? 8 : 10;
   if ((task->operation == PL_SCORE && task->picks > 1) || rows < LANES / 2) return false;
   return task->classes <= short_lines * LANES || (task->classes <= most && FN(side_by_side)(task));
 }
@@ -146,6 +148,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
       sum_lo[i] = slots[i].row.sum_lo;
     }
     FN(close_rows)(task->operation, max, sum, sum_lo, &f);
+    if (blocks == 1 && FN(write_short_rows)(task, r, rows, slots, max, sum, &f, t, &bad)) continue;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t found = FN(write)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
       if (bad == -1) bad = found;

@@ -1,13 +1,6 @@
 /* LANES short rows at once, once for float and once for double: the tree of rows.inc.h with the rows in the lanes. A tile
  * holds [class][row], so that a step of the tree is one vector operation for all its rows. */
 
-/* Whether rows lie side by side, as they do with a class axis that is not the last, and as one number a row does. */
-static inline bool FN(adjacent)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype)
-{
-  const int64_t stride = task->inner == 1 ? view->outer : view->inner;
-  return stride == pl_itemsize(dtype) && (task->inner == 1 || r % task->inner + rows <= task->inner);
-}
-
 /* The same class of `count` full tiles is one strip of memory, and is moved as one: class by class and tile by tile, each line
  * of a tall array would come from another page. */
 static void FN(load_strips)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t count, REAL *const *x)
@@ -30,20 +23,6 @@ static void FN(store_strips)(const struct pl_task *task, const struct pl_view *v
 static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
 {
   return dtype == NATIVE_DTYPE && stride == (int64_t)sizeof(REAL) && classes >= ACROSS;
-}
-
-INLINE void FN(load_block)(REAL *x, char *const *rows, int64_t c)
-{
-  VEC q[ACROSS];
-  FN(vec_load_across)(q, rows, c * (int64_t)sizeof(REAL));
-  for (int i = 0; i < ACROSS; i++) FN(vec_store)(x + i * LANES, q[i]);
-}
-
-INLINE void FN(store_block)(char *const *rows, int64_t c, const REAL *x)
-{
-  VEC q[ACROSS];
-  for (int i = 0; i < ACROSS; i++) q[i] = FN(vec_load)(x + i * LANES);
-  FN(vec_store_across)(q, rows, c * (int64_t)sizeof(REAL));
 }
 
 /* Missing rows of the last tile are zeros. */
@@ -112,11 +91,6 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
   }
 }
 
-/* The tree's lanes of LANES rows: [lane][row]. */
-struct FN(tree) {
-  REAL sum[LANES][LANES], lo[LANES][LANES];
-};
-
 /* One class of LANES rows: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the logits.
  * Without an origin, the numbers themselves. */
 INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool keep, VEC *ones)
@@ -127,14 +101,6 @@ INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool k
   if (keep) FN(vec_store)(x, term);
   *ones = *ones + (one - FN(vec_unless_equal)(one, logits, o->max));
   return FN(vec_unless_equal)(term, logits, o->max);
-}
-
-/* A step of TwoSum for the rows of one vector, as a pair with `lo`. */
-INLINE void FN(add_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, VEC lo)
-{
-  VEC error;
-  FN(vec_store)(lane, FN(vec_two_sum)(FN(vec_load)(lane), sum, &error));
-  FN(vec_store)(lane_lo, (FN(vec_load)(lane_lo) + lo) + error);
 }
 
 /* The sum of a group is added to its lane; the first one is all that is there. */
@@ -235,37 +201,6 @@ static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, b
   }
 }
 
-/* One result a row. */
-static void FN(store_line)(const struct pl_task *task, int64_t r, int64_t rows, const REAL *result)
-{
-  const int dtype = task->out_dtype;
-  if (FN(adjacent)(task, &task->out, r, rows, dtype)) {
-    FN(store_many)(FN(row_at)(task, &task->out, r), result, pl_itemsize(dtype), rows, dtype);
-  } else {
-    for (int64_t l = 0; l < rows; l++) FN(store)(FN(row_at)(task, &task->out, r + l), result[l], dtype);
-  }
-}
-
-/* Step 3: the sums of the rows as pairs. */
-static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, REAL *sum_lo)
-{
-  const int64_t used = classes < LANES ? classes : LANES;
-  for (int64_t half = LANES / 2; half; half /= 2) {
-    for (int64_t j = 0; j < half && j + half < used; j++) {
-      EACH_VEC(v)
-      FN(add_to_lane)
-      (tree->sum[j] + v, tree->lo[j] + v, FN(vec_load)(tree->sum[j + half] + v), FN(vec_load)(tree->lo[j + half] + v));
-    }
-  }
-  for (int l = 0; l < LANES; l++) {
-    REAL lo;
-    const REAL hi = FN(fast_two_sum)(tree->sum[0][l], tree->lo[0][l], &lo);
-    const bool finite = FN(finite)(tree->sum[0][l]);
-    sum[l] = finite ? hi : tree->sum[0][l];
-    sum_lo[l] = finite ? lo : 0;
-  }
-}
-
 /* Steps 2 and 3 for numbers that are no exponentials. */
 static void FN(sum_tile)(REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
 {
@@ -320,20 +255,35 @@ static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
   if (infinite) FN(spoil_tile)(tile->x, classes, tile->max, tile->sum, tile->sum_lo);
 }
 
+/* From terms to probabilities: as `probability`. */
+static void FN(scale_tile)(REAL *x, int64_t classes, const struct FN(closings) * f)
+{
+  VEC factor[LINE_VECS], factor_lo[LINE_VECS];
+  EACH_VEC(v)
+  {
+    factor[v / VEC_LANES] = FN(vec_load)(f->reciprocal + v);
+    factor_lo[v / VEC_LANES] = FN(vec_load)(f->reciprocal_lo + v);
+  }
+  for (REAL *at = x; at < x + classes * LANES; at += LANES) {
+    EACH_VEC(v)
+    {
+      const VEC e = FN(vec_load)(at + v);
+      FN(vec_store)(at + v, FN(vec_fma)(e, factor[v / VEC_LANES], e * factor_lo[v / VEC_LANES]));
+    }
+  }
+}
+
 /* The results: stored where they are a number a row, left in x where they are as many as the logits. */
 static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const int64_t classes = task->classes, r = tile->r, rows = tile->rows;
-  /* A copy, which writing to x plainly leaves as it is: else GCC's loop was scalar, a quarter of the time of short rows. */
-  const struct FN(closings) f = tile->f;
   REAL *x = tile->x;
   REAL result[LANES];
   int64_t bad = -1;
 
   switch (task->operation) {
     case PL_SOFTMAX:
-      for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++) x[c * LANES + l] = FN(probability)(x[c * LANES + l], FN(closing_of)(&f, l));
+      FN(scale_tile)(x, classes, &tile->f);
       FN(mask_tile)(task, r, rows, x, 0);
       return -1;
     case PL_LOG_SOFTMAX:
@@ -343,8 +293,8 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
       FN(mask_tile)(task, r, rows, x, -INFINITY);
       return -1;
     case PL_LOGSUMEXP:
-      for (int l = 0; l < LANES; l++) result[l] = FN(log_sum)(tile->max[l], tile->sum[l], FN(closing_of)(&tile->f, l), t);
-      break;
+      FN(write_log_sums)(task, r, rows, tile->max, tile->sum, &tile->f, t);
+      return -1;
     default: /* PL_SELECTIVE_LOG_SOFTMAX and PL_SPARSE_SOFTMAX_CROSS_ENTROPY */
       for (int64_t k = 0; k < task->picks; k++) {
         for (int64_t l = 0; l < LANES; l++) {
@@ -353,19 +303,10 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
           result[l] = inside ? x[label * LANES + l] : NAN;
           if (!inside && bad == -1) bad = FN(flat_label)(task, r + l, k);
         }
-        for (int l = 0; l < LANES; l++)
-          result[l] = FN(log_probability)(result[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
-        if (task->operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY) {
-          for (int l = 0; l < LANES; l++) result[l] = 0 - result[l]; /* so that a certain row's loss is not -0 */
-          FN(store_line)(task, r, rows, result);
-        } else {
-          for (int64_t l = 0; l < rows; l++) FN(store_pick)(task, FN(row_at)(task, &task->out, r + l), k, result[l]);
-        }
+        FN(write_picks)(task, r, rows, k, result, tile->max, &tile->f, t);
       }
       return bad;
   }
-  FN(store_line)(task, r, rows, result);
-  return -1;
 }
 
 /* ---- scores ---- */
@@ -711,7 +652,7 @@ static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * t
 static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const bool log = task->operation == PL_LOG_SOFTMAX;
-  const struct FN(closings) f = tile->f; /* as in write_tile */
+  const struct FN(closings) f = tile->f; /* a copy, which writing to x plainly leaves as it is: else GCC has a scalar loop */
   REAL *x = tile->x, ones[LANES];
   for (int64_t b = 0; b < FN(block_count)(task); b++) {
     const struct pl_task part = FN(block_task)(task, b);
@@ -720,13 +661,10 @@ static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * ti
       FN(mask_tile)(&part, tile->r, tile->rows, x, -INFINITY);
       FN(plant_tile)(x, part.classes, t, true, tile->max, &tile->tree, ones);
     }
-    for (int64_t c = 0; c < part.classes; c++) {
+    if (!log) FN(scale_tile)(x, part.classes, &f);
+    for (int64_t c = 0; log && c < part.classes; c++) {
       REAL *line = x + c * LANES;
-      if (log) {
-        for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&f, l), t);
-      } else {
-        for (int l = 0; l < LANES; l++) line[l] = FN(probability)(line[l], FN(closing_of)(&f, l));
-      }
+      for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&f, l), t);
     }
     FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
     FN(store_tile)(&part, &part.out, part.out_dtype, tile->r, tile->rows, x);
