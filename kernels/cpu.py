@@ -38,6 +38,7 @@ LINES = 4  # in a group
 BLOCK_BYTES = 16384
 TILE = 1024  # classes in a tile at most
 SHORT_LINES = 10  # of rows for which tiles pay wherever they lie
+SHORT_LINES_WHOLE = 7  # the same, where the result is as long as the row
 TILE_BYTES = TILE * LINE_BYTES
 GROUP_BYTES = LINES * LINE_BYTES
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
@@ -456,6 +457,94 @@ def every_lane(typingctx, number):
     return line(number), lambda context, builder, signature, args: _spread(builder, args[0], context.get_value_type(line))
 
 
+def _shuffled(builder, a, b, numbers):
+    """A vector of elements of a and b, numbered through both."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(numbers)), list(numbers)))
+
+
+def _zipped(builder, a, b, step, piece, first):
+    """In each piece, `step` elements of a and of b by turns, from half of a piece, which starts at `first`."""
+    lanes, numbers = a.type.count, []
+    for start in range(first, lanes, piece):
+        for n in range(start, start + piece // 2, step):
+            numbers += [*range(n, n + step), *range(lanes + n, lanes + n + step)]
+    return _shuffled(builder, a, b, numbers)
+
+
+def _turned(builder, lines):
+    """Lines of pieces of 16 bytes, in which rows become columns, or columns rows; as many as a piece has elements."""
+    piece = len(lines)
+
+    def zipped(a, b, step):
+        return [_zipped(builder, a, b, step, piece, first) for first in (0, piece // 2)]
+
+    if piece == 2:
+        return zipped(*lines, 1)
+    a, c = zipped(lines[0], lines[1], 1)
+    b, d = zipped(lines[2], lines[3], 1)
+    return [*zipped(a, b, 2), *zipped(c, d, 2)]
+
+
+def _places(context, builder, array, value, i, c):
+    """The addresses of pieces of 16 bytes: array[i + lane, c:, 0] for all lanes."""
+    source = context.make_array(array)(context, builder, value)
+    bits = array.dtype.bitwidth
+    kind = ir.VectorType(context.get_data_type(array.dtype), 128 // bits).as_pointer()
+    stride = builder.extract_value(source.strides, 0)
+    offset = builder.add(builder.mul(i, stride), builder.mul(c, ir.Constant(c.type, bits // 8)))
+    places = []
+    for _ in range(LINE_BYTES * 8 // bits):
+        places.append(builder.bitcast(cgutils.pointer_add(builder, source.data, offset), kind))
+        offset = builder.add(offset, stride)
+    return places
+
+
+@intrinsic
+def load_across(typingctx, x, c, array, i):
+    """Lines of x from class c on: that class of array[i + lane, :, 0] for all lanes, and the others in the same 16 bytes."""
+
+    def codegen(context, builder, signature, args):
+        size = array.dtype.bitwidth // 8
+        pieces = [builder.load(place, align=size) for place in _places(context, builder, array, args[2], args[3], args[1])]
+        across, lanes = 16 // size, LINE_BYTES // size
+        lines = []
+        for k in range(across):
+            joined = pieces[k::across]
+            while len(joined) > 1:
+                numbers = range(2 * joined[0].type.count)
+                joined = [_shuffled(builder, *pair, numbers) for pair in zip(joined[::2], joined[1::2], strict=True)]
+            lines += joined
+        to = context.make_array(x)(context, builder, args[0]).data
+        for k, line in enumerate(_turned(builder, lines)):
+            index = builder.mul(builder.add(args[1], ir.Constant(args[1].type, k)), ir.Constant(args[1].type, lanes))
+            builder.store(line, builder.bitcast(builder.gep(to, [index]), line.type.as_pointer()), align=size)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, array, types.intp), codegen
+
+
+@intrinsic
+def store_across(typingctx, array, i, c, x):
+    """The other way round."""
+
+    def codegen(context, builder, signature, args):
+        size = array.dtype.bitwidth // 8
+        across, lanes = 16 // size, LINE_BYTES // size
+        start, lines = context.make_array(x)(context, builder, args[3]).data, []
+        kind = context.get_value_type(Line(x.dtype))
+        for k in range(across):
+            index = builder.mul(builder.add(args[2], ir.Constant(args[2].type, k)), ir.Constant(args[2].type, lanes))
+            lines.append(builder.load(builder.bitcast(builder.gep(start, [index]), kind.as_pointer()), align=size))
+        lines = _turned(builder, lines)
+        for lane, place in enumerate(_places(context, builder, array, args[0], args[1], args[2])):
+            first = lane // across * across
+            line = lines[lane % across]
+            builder.store(_shuffled(builder, line, line, range(first, first + across)), place, align=size)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, x), codegen
+
+
 def _borrow(context, builder, kind, data, size, stride):
     """A one-dimensional view, without a reference: counting takes as long as a short row."""
     result = context.make_array(kind)(context, builder)
@@ -528,15 +617,15 @@ def packed(typingctx, row):
 
 
 @intrinsic
-def head(typingctx, x, size):
-    """x[:size], without a reference."""
+def section(typingctx, x, first, size):
+    """x[first : first + size], x contiguous, without a reference."""
 
     def codegen(context, builder, signature, args):
-        source = context.make_array(x)(context, builder, args[0])
+        data = builder.gep(context.make_array(x)(context, builder, args[0]).data, [args[1]])
         stride = context.get_constant(types.intp, x.dtype.bitwidth // 8)
-        return _borrow(context, builder, x, source.data, args[1], stride)
+        return _borrow(context, builder, x, data, args[2], stride)
 
-    return x(x, types.intp), codegen
+    return x(x, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -1015,7 +1104,7 @@ def reduce_block(x, e, maximum, t, keep, upcoming):
         return total, k.zero
     if is_far(maximum, t):
         come_near(x, maximum, e)
-        x, maximum = head(e, x.size), k.zero
+        x, maximum = section(e, 0, x.size), k.zero
     if is_plain(t):
         s, s_lo, ones = add_terms(x, e, maximum, None, keep, upcoming)
     else:
@@ -1086,7 +1175,7 @@ def stage(logits, where, r, first, room, cap=None):
     if cap is not None and cap.softcap != constants(room[0]).zero:
         cap_row(room, row.size, cap, False)
     mask(room, row.size, where, r, first, -constants(room[0]).infinity)
-    return head(room, row.size)
+    return section(room, 0, row.size)
 
 
 @allocating
@@ -1101,6 +1190,61 @@ def reduce_row(logits, where, r, end, room, e, blocks, t, keep):
         blocks[b, 1], blocks[b, 2] = reduce_block(x, e, maximum, t, keep, upcoming)
         blocks[b, 3] = k.zero
     return join_blocks(blocks, t)
+
+
+# ---- rows of one block, step by step, so that the operations of a step overlap with other rows': c/rows.inc.h ----
+
+
+@helper
+def is_short(logits, where, t):
+    """Whether rows have one block, which lies as it is needed, and temperature 1."""
+    as_it_is = logits.strides[1] == logits.itemsize and where.shape[1] == 0
+    return as_it_is and logits.shape[1] * logits.itemsize <= BLOCK_BYTES and is_plain(t)
+
+
+@helper
+def room_of(x, classes):
+    """The room that the terms of a row take, in whole groups; and how many rows are taken at once."""
+    k = constants(x[0])
+    group = LINES * k.lanes
+    size = (classes + group - 1) // group * group
+    return size, min(k.lanes, k.block // size)
+
+
+@allocating
+def reduce_short_rows(logits, r, rows, end, e, keep, numbers):
+    """Steps 1 to 3: the maxima and the sums of rows, as reduce_tile has them, and in the first lines of `numbers`; `keep`
+    leaves the terms in e, row by row."""
+    k = constants(e[0])
+    t = k.one, k.zero
+    s, s_lo = scratch(e[0], TREE_BYTES), scratch(e[0], TREE_BYTES)
+    size, most = room_of(e, logits.shape[1])
+    for i in range(4):
+        put_line(numbers, i * k.lanes, k.zero)
+    near = True
+    for lane in range(rows):
+        maximum = maximum_of(packed(block_of(logits, r + lane, 0)))
+        numbers[lane] = maximum
+        near = near and -k.far < maximum < k.far
+    for lane in range(rows):
+        x = packed(block_of(logits, r + lane, 0))
+        upcoming = packed(block_of(logits, r + lane + most, 0)) if r + lane + most < end else x
+        terms_ = section(e, lane * size, size)
+        if near:
+            lanes, lanes_lo, numbers[3 * k.lanes + lane] = add_terms(x, terms_, numbers[lane], None, keep, upcoming)
+            put_line(s, lane * k.lanes, lanes)
+            put_line(s_lo, lane * k.lanes, lanes_lo)
+        else:
+            total, total_lo = reduce_block(x, terms_, numbers[lane], t, keep, upcoming)
+            numbers[k.lanes + lane], numbers[2 * k.lanes + lane] = total, total_lo
+    if near:
+        for lane in range(rows):
+            total, total_lo = sum_of_lanes(line_at(s, lane * k.lanes), line_at(s_lo, lane * k.lanes))
+            numbers[k.lanes + lane], numbers[2 * k.lanes + lane] = total, total_lo
+        total, total_lo = add_ones(line_at(numbers, k.lanes), line_at(numbers, 2 * k.lanes), line_at(numbers, 3 * k.lanes))
+        put_line(numbers, k.lanes, total)
+        put_line(numbers, 2 * k.lanes, total_lo)
+    return line_at(numbers, 0), line_at(numbers, k.lanes), line_at(numbers, 2 * k.lanes)
 
 
 # ---- the rest of what a cross entropy is made from: c/rows.inc.h, c/loss.inc.h ----
@@ -1208,7 +1352,7 @@ def targets_at(probabilities, where, weight, r, first, room):
     load(room, row)
     weigh_classes(room, row.size, weight, first)
     mask(room, row.size, where, r, first, constants(room[0]).zero)
-    return head(room, row.size)
+    return section(room, 0, row.size)
 
 
 @inlined
@@ -1304,13 +1448,20 @@ def block_room(logits):
 
 
 @helper
-def by_tile(logits, rows, most=TILE):
+def by_tile(logits, rows, most=TILE, short=SHORT_LINES):
     """Whether tiles pay: for short rows, and for rows that lie side by side, up to the room that there is."""
     lanes = LINE_BYTES // logits.itemsize
     if rows < lanes // 2:
         return False
     adjacent = logits.strides[2] == logits.itemsize and logits.shape[2] >= lanes // 2
-    return logits.shape[1] <= (most if adjacent else SHORT_LINES * lanes)
+    return logits.shape[1] <= (most if adjacent else short * lanes)
+
+
+@helper
+def is_across(array, rows):
+    """Whether a tile is moved by pieces of 16 bytes."""
+    whole = rows * array.itemsize == LINE_BYTES and array.shape[1] * array.itemsize >= 16
+    return whole and array.shape[2] == 1 and array.strides[1] == array.itemsize
 
 
 @helper
@@ -1324,6 +1475,12 @@ def load_tile(x, array, r, rows):
             line = packed(strip(array, i, c, j, rows))
             put_line(x, c * k.lanes, line_at(line, 0))
             prefetch(line, rows)  # of the next tile, now that the page is at hand
+        return
+    across = 16 // array.itemsize
+    if is_across(array, rows):
+        for c in range(0, classes - across, across):
+            load_across(x, c, array, r)
+        load_across(x, classes - across, array, r)
         return
     if rows < k.lanes:
         for c in range(classes):
@@ -1344,6 +1501,12 @@ def store_tile(array, x, r, rows):
             line = packed(strip(array, i, c, j, rows))
             put_line(line, 0, line_at(x, c * k.lanes))
             prefetch(line, rows)
+        return
+    across = 16 // array.itemsize
+    if is_across(array, rows):
+        for c in range(0, classes - across, across):
+            store_across(array, r, c, x)
+        store_across(array, r, classes - across, x)
         return
     for lane in range(rows):
         row = block_of(array, r + lane, 0)
@@ -1496,46 +1659,53 @@ def store_line(out, line, r, rows):
 
 
 @inlined
-def minus_at(minuses, c, zero):
+def minus_at(minuses, c, minus):
     if minuses is None:
-        return every_lane(zero)
+        return every_lane(minus)
     return line_at(minuses, c)
 
 
+@inlined
+def closing_of(closings, lane):
+    """What finish_row said of one row."""
+    lanes = constants(closings[0]).lanes
+    return closings[lane], closings[lanes + lane], closings[2 * lanes + lane], closings[3 * lanes + lane]
+
+
 @helper
-def scale_terms(e, factor, minuses, result):
-    """Results factor * e - minus from the terms that reduce_block kept; `minuses` is None for zeros."""
+def scale_terms(e, factor, minuses, minus, result):
+    """Results factor * e - minus from the terms that reduce_block kept; `minuses` has one for each, if it is not None."""
     k = constants(e[0])
     whole = result.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, k.zero)))
+        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, minus)))
     if whole < result.size:
-        line = along(line_at(e, whole), factor, minus_at(minuses, whole, k.zero))
+        line = along(line_at(e, whole), factor, minus_at(minuses, whole, minus))
         put_part(result, whole, result.size - whole, line)
 
 
 @helper
-def write_near_terms(x, maximum, t, factor, minuses, result):
+def write_near_terms(x, maximum, t, factor, minuses, minus, result):
     k = constants(maximum)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(terms(line_at(x, c), maximum, t), factor, minus_at(minuses, c, k.zero)))
+        put_line(result, c, along(terms(line_at(x, c), maximum, t), factor, minus_at(minuses, c, minus)))
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        line = along(terms(part, maximum, t), factor, minus_at(minuses, whole, k.zero))
+        line = along(terms(part, maximum, t), factor, minus_at(minuses, whole, minus))
         put_part(result, whole, x.size - whole, line)
 
 
 @helper
-def write_terms(x, room, maximum, t, factor, minuses, result):
+def write_terms(x, room, maximum, t, factor, minuses, minus, result):
     """The same from logits."""
     if is_far(maximum, t):
         come_near(x, maximum, room)
-        x, maximum = head(room, x.size), maximum - maximum
+        x, maximum = section(room, 0, x.size), maximum - maximum
     if is_plain(t):
-        write_near_terms(x, maximum, None, factor, minuses, result)
+        write_near_terms(x, maximum, None, factor, minuses, minus, result)
     else:
-        write_near_terms(x, maximum, t, factor, minuses, result)
+        write_near_terms(x, maximum, t, factor, minuses, minus, result)
 
 
 @helper
@@ -1557,7 +1727,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
     classes = logits.shape[1]
     masked = -k.infinity if log else k.zero
-    if by_tile(logits, end - begin):
+    if by_tile(logits, end - begin, TILE, SHORT_LINES_WHOLE):
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, not log)
@@ -1571,6 +1741,21 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             mask_tile(x, where, r, rows, masked)
             store_tile(out, x, r, rows)
         return
+    if is_short(logits, where, t) and out.strides[1] == out.itemsize:
+        size, most = room_of(e, classes)
+        numbers, closings = scratch(temperature, GROUP_BYTES), scratch(temperature, GROUP_BYTES)
+        for r in range(begin, end, most):
+            rows = min(most, end - r)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, not log, numbers)
+            put_group(closings, 0, finish_row(maximum, total, total_lo))
+            for lane in range(rows):
+                f, result = closing_of(closings, lane), packed(block_of(out, r + lane, 0))
+                if log:
+                    logits_of_row = packed(block_of(logits, r + lane, 0))
+                    write_log_probabilities(logits_of_row, numbers[lane], f, t, result)
+                else:
+                    scale_terms(section(e, lane * size, size), f[2:], None, k.zero, result)
+        return
     blocks = block_room(logits)
     keep = not log and len(blocks) == 1
     for r in range(begin, end):
@@ -1579,13 +1764,13 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
         for first in range(0, classes, k.block):
             target = block_of(out, r, first)
             direct = target.strides[0] == target.itemsize
-            result = packed(target) if direct else head(x, target.size)
+            result = packed(target) if direct else section(x, 0, target.size)
             if keep:
-                scale_terms(e, f[2:], None, result)
+                scale_terms(e, f[2:], None, k.zero, result)
             elif log:
                 write_log_probabilities(stage(logits, where, r, first, x), maximum, f, t, result)
             else:
-                write_terms(stage(logits, where, r, first, x), e, maximum, t, f[2:], None, result)
+                write_terms(stage(logits, where, r, first, x), e, maximum, t, f[2:], None, k.zero, result)
             mask(result, target.size, where, r, first, masked)
             if not direct:
                 store(target, x)
@@ -1604,6 +1789,14 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             store_line(out, log_sum(maximum, total, f, t), r, rows)
+        return
+    if is_short(logits, where, t):
+        _, most = room_of(e, logits.shape[1])
+        numbers = scratch(temperature, GROUP_BYTES)
+        for r in range(begin, end, most):
+            rows = min(most, end - r)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers)
+            store_line(out, log_sum(maximum, total, finish_row(maximum, total, total_lo), t), r, rows)
         return
     blocks = block_room(logits)
     for r in range(begin, end):
@@ -1634,6 +1827,22 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             for pick in range(indices.shape[1]):
                 value = pick_from_tile(x, indices[:, pick, :], r, rows, classes, picked)
                 result = log_probability(value, maximum, f, t)
+                store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
+        return
+    if is_short(logits, where, t):
+        _, most = room_of(e, classes)
+        numbers, picked = scratch(temperature, GROUP_BYTES), scratch(temperature, LINE_BYTES)
+        put_line(picked, 0, k.nan)
+        for r in range(begin, end, most):
+            rows = min(most, end - r)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers)
+            f = finish_row(maximum, total, total_lo)
+            for pick in range(indices.shape[1]):
+                for lane in range(rows):
+                    i, j = position(r + lane, inner)
+                    label = indices[i, pick, j]
+                    picked[lane] = logits[i, label, j] if 0 <= label < classes else k.nan
+                result = log_probability(line_at(picked, 0), maximum, f, t)
                 store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
         return
     blocks = block_room(logits)
@@ -1670,7 +1879,7 @@ def dense_rows(logits, where, labels, out, begin, end):
             low, _, _ = sum_tile(e, classes)
             store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
-    blocks, weight = block_room(logits), head(x, 0)
+    blocks, weight = block_room(logits), section(x, 0, 0)
     for r in range(begin, end):
         i, j = position(r, inner)
         maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
@@ -1690,22 +1899,29 @@ def write_slopes(logits, where, probabilities, weight, numbers, label, r, maximu
         target = block_of(grad, r, first)
         n = target.size
         direct = target.strides[0] == target.itemsize
-        result = packed(target) if direct else head(x, n)
-        targets = targets_at(probabilities, where, weight, r, first, q) if soft else head(q, n)
-        for c in range(0, n, k.lanes):
+        result = packed(target) if direct else section(x, 0, n)
+        targets = targets_at(probabilities, where, weight, r, first, q) if soft else section(q, 0, n)
+        for c in range(0, n if soft or weighted else 0, k.lanes):
             minus = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
             put_line(q, c, fma(line_of(targets, c), loss.keep, minus) if soft else minus)
         if numbers.softcap != k.zero:  # before the logits may be overwritten
             load(slopes, block_of(logits, r, first))
             cap_row(slopes, n, cap, True)
         if logits.shape[1] > k.block:
-            write_terms(stage(logits, where, r, first, x, cap), e, maximum, t, loss.factor, q, result)
+            staged = stage(logits, where, r, first, x, cap)
+            if soft or weighted:
+                write_terms(staged, e, maximum, t, loss.factor, q, k.zero, result)
+            else:
+                write_terms(staged, e, maximum, t, loss.factor, None, loss.even, result)
+        elif soft or weighted:
+            scale_terms(e, loss.factor, q, k.zero, result)
         else:
-            scale_terms(e, loss.factor, q, result)
+            scale_terms(e, loss.factor, None, loss.even, result)
         if first <= label < first + n:
             of_label = weight[label] if weight.size else k.one
             minus = fma(of_label, loss.keep, of_label * loss.even)
-            result[label - first] = along(term(spread.target, maximum, t), loss.factor, minus)
+            term_ = e[label] if logits.shape[1] <= k.block else term(spread.target, maximum, t)
+            result[label - first] = along(term_, loss.factor, minus)
         if numbers.softcap != k.zero:
             for c in range(n):
                 result[c] *= slopes[c]
@@ -1865,42 +2081,56 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     blocks = block_room(logits)
     spreads = np.empty((len(blocks), 6), logits.dtype)
     keep = grad.size != 0 and len(blocks) == 1
-    for r in range(begin, end):
-        i, j = position(r, inner)
-        label = labels[i, j] if labels.size else -1
-        staged = x
-        for b in range(len(blocks)):
-            staged = stage(logits, where, r, b * k.block, x, cap)
-            maximum = maximum_of(staged)
-            spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, b * k.block, maximum, q)
-            keep_spread(spreads, b, spread)
-            upcoming = next_block(logits, r, b * k.block, end, staged)
-            blocks[b, 0] = maximum
-            blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, keep, upcoming)
-            blocks[b, 3] = k.zero
-        maximum, total, total_lo, _ = join_blocks(blocks, t)
-        spread = join_spreads(blocks, spreads, maximum)
-        nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
-        if nothing or (labels.size and not 0 <= label < classes):
-            answer = k.zero if nothing else k.nan
-            out[i, j] = answer
+    short = is_short(logits, where, t) and numbers.softcap == k.zero
+    size, most = room_of(e, classes) if short else (k.block, 1)
+    of_rows, closings = scratch(numbers.softcap, GROUP_BYTES), scratch(numbers.softcap, GROUP_BYTES)
+    for start in range(begin, end, most):
+        rows = min(most, end - start)
+        if short:
+            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, keep, of_rows)
+            put_group(closings, 0, finish_row(maximum, total, total_lo))
+        for lane in range(rows):
+            r = start + lane
+            i, j = position(r, inner)
+            label = labels[i, j] if labels.size else -1
+            staged = x
+            if short:
+                staged, maximum, f = packed(block_of(logits, r, 0)), of_rows[lane], closing_of(closings, lane)
+                spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, 0, maximum, q)
+            else:
+                for b in range(len(blocks)):
+                    staged = stage(logits, where, r, b * k.block, x, cap)
+                    maximum = maximum_of(staged)
+                    spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, b * k.block, maximum, q)
+                    keep_spread(spreads, b, spread)
+                    upcoming = next_block(logits, r, b * k.block, end, staged)
+                    blocks[b, 0] = maximum
+                    blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, keep, upcoming)
+                    blocks[b, 3] = k.zero
+                maximum, total, total_lo, _ = join_blocks(blocks, t)
+                spread = join_spreads(blocks, spreads, maximum)
+                f = finish_row(maximum, total, total_lo)
+            nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
+            if nothing or (labels.size and not 0 <= label < classes):
+                answer = k.zero if nothing else k.nan
+                out[i, j] = answer
+                if grad.size:
+                    for c in range(classes):
+                        grad[i, c, j] = answer
+                continue
+            if labels.size:
+                mass = (weight[label] if weight.size else k.one), k.zero
+                dot = weigh(spread.target, mass[0], maximum)
+            else:
+                dot, mass = dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q)
+            of_row = (sample_weight[i, j] if sample_weight.size else k.one), (loss_grad[i, j] if loss_grad.size else k.one)
+            loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
+            out[i, j] = loss.value
             if grad.size:
-                for c in range(classes):
-                    grad[i, c, j] = answer
-            continue
-        f = finish_row(maximum, total, total_lo)
-        if labels.size:
-            mass = (weight[label] if weight.size else k.one), k.zero
-            dot = weigh(spread.target, mass[0], maximum)
-        else:
-            dot, mass = dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q)
-        of_row = (sample_weight[i, j] if sample_weight.size else k.one), (loss_grad[i, j] if loss_grad.size else k.one)
-        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
-        out[i, j] = loss.value
-        if grad.size:
-            write_slopes(
-                logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, e, q, slopes, grad
-            )
+                kept = section(e, lane * size, size)
+                write_slopes(
+                    logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, kept, q, slopes, grad
+                )
 
 
 @inlined
@@ -1948,7 +2178,7 @@ def elements(array, r, first, room):
     if row.strides[0] == row.itemsize:
         return packed(row)
     load(room, row)
-    return head(room, row.size)
+    return section(room, 0, row.size)
 
 
 @allocating
@@ -1983,7 +2213,7 @@ def backward_rows(results, grad, log, out, begin, end):
         for first in range(0, classes, k.block):
             target = block_of(out, r, first)
             direct = target.strides[0] == target.itemsize
-            result = packed(target) if direct else head(product, target.size)
+            result = packed(target) if direct else section(product, 0, target.size)
             write_backward(elements(results, r, first, p), elements(grad, r, first, g), total, log, result)
             if not direct:
                 store(target, product)
