@@ -825,7 +825,7 @@ INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n
   }
 }
 
-/* From here on it pays to join the lanes of rows side by side. */
+/* From so many rows on it pays to join their lanes side by side. */
 #define MANY (LANES / 2)
 
 static void FN(maxima)(const struct FN(slot) * slots, int64_t rows, int64_t n, REAL *max)
