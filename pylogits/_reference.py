@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pylogits._float_state import standard_arithmetic
-
 Array = npt.NDArray[Any]
 
 
@@ -93,7 +91,6 @@ class LossOptions(NamedTuple):
 
 @lru_cache(maxsize=64)
 @lru_cache  # exact arithmetic takes ten microseconds, and most batches have the size of the one before
-@standard_arithmetic
 def reciprocal(a: float, b: float, dtype: np.dtype[Any]) -> tuple[float, float]:
     """1 / (a b) as the sum of two numbers of a dtype."""
     greatest = Fraction(min(float(np.finfo(dtype).max), sys.float_info.max))

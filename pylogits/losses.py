@@ -404,19 +404,6 @@ reduction, out
     )
 
 
-def run_cross_entropy(
-    logits: Any,
-    targets: Any,
-    axis: SupportsIndex,
-    out: Any,
-    differentiate: bool,
-    grad_out: Any = None,
-    **options: Any,
-) -> tuple[Any, Any]:
-    plain = None if out is not None else _plain_cross_entropy(logits, targets, axis, differentiate, grad_out, **options)
-    return plain or _general_cross_entropy(logits, targets, axis, out, differentiate, grad_out, **options)
-
-
 def _plain_cross_entropy(
     logits: Any, targets: Any, axis: Any, differentiate: bool, grad_out: Any, reduction: Any, **options: Any
 ) -> tuple[Any, Any] | None:
@@ -443,17 +430,12 @@ def _plain_cross_entropy(
         return None
     if reduction == "none":
         return losses if rows else losses[()], grad
-    return _reduce_few(losses, denominator), grad
+    # what `Total` and `Problem.reduce` make of ROWS_AT_A_TIME losses or fewer
+    return dtype.type((np.add.reduce(losses, axis=None, dtype=np.float64) + 0.0) / denominator), grad
 
 
 @standard_arithmetic
-def _reduce_few(losses: Any, denominator: float) -> Any:
-    """What `Total` and `Problem.reduce` make of ROWS_AT_A_TIME losses or fewer."""
-    return losses.dtype.type((np.add.reduce(losses, axis=None, dtype=np.float64) + 0.0) / denominator)
-
-
-@standard_arithmetic
-def _general_cross_entropy(
+def run_cross_entropy(
     logits: Any,
     targets: Any,
     axis: SupportsIndex,
@@ -462,6 +444,9 @@ def _general_cross_entropy(
     grad_out: Any = None,
     **options: Any,
 ) -> tuple[Any, Any]:
+    plain = None if out is not None else _plain_cross_entropy(logits, targets, axis, differentiate, grad_out, **options)
+    if plain is not None:
+        return plain
     array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
