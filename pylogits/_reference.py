@@ -90,7 +90,6 @@ class LossOptions(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-@lru_cache  # exact arithmetic takes ten microseconds, and most batches have the size of the one before
 def reciprocal(a: float, b: float, dtype: np.dtype[Any]) -> tuple[float, float]:
     """1 / (a b) as the sum of two numbers of a dtype."""
     greatest = Fraction(min(float(np.finfo(dtype).max), sys.float_info.max))
