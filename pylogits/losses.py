@@ -11,11 +11,8 @@ from pylogits._float_state import standard_arithmetic
 from pylogits._problem import REDUCTIONS, ROWS_AT_A_TIME, Total, check_classes, check_problem
 from pylogits._reference import reciprocal
 
-_NEUTRAL = {
-    "label_smoothing": 0.0,
-    "z_loss": 0.0,
-    "temperature": 1.0,
-}  # where these change nothing; other options are None
+# Where these options change nothing; where others do, they are None.
+_NEUTRAL = {"label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0}
 
 
 def softmax_cross_entropy_with_logits(*, labels: Any, logits: Any, axis: SupportsIndex = -1, out: Any = None) -> Any:
