@@ -39,9 +39,10 @@ struct pl_task {
   struct pl_view logits, where, labels, out; /* of the backward forms, logits are what softmax or log_softmax gave */
   struct pl_view grad;                       /* and this is the gradient of what follows */
   struct pl_loss losses;
-  /* PL_SCORE only: contiguous over (outer, inner), top_k_* over (outer, inner, picks). loss and correct go with labels. */
+  /* PL_SCORE only: contiguous over (outer, inner), top_k_* over (outer, inner, picks). loss, correct and brier go with labels;
+   * brier, sum (p - q)^2 for the one-hot q of the label, is NULL where it is not wanted. */
   int64_t *prediction, *top_k_indices;
-  void *confidence, *entropy, *logsumexp, *top_k_probabilities, *loss;
+  void *confidence, *entropy, *logsumexp, *top_k_probabilities, *loss, *brier;
   unsigned char *correct;
 };
 

@@ -25,7 +25,6 @@
 #define BLOCK_BYTES 16384
 #define TILE 2048         /* classes in a tile at most, that is 128 KiB; twice that holds a block of LANES rows */
 #define TILES 8           /* that go through the steps together */
-#define TILES_OF_LOSS 3   /* logits, and two more of their size */
 #define BATCH_BYTES 16384 /* of rows that go through the steps together, so that they are still in the first-level cache */
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
 #define STREAM_BYTES (32 << 20)

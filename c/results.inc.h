@@ -89,6 +89,15 @@ static void FN(store_pick)(const struct pl_task *task, char *out, int64_t k, REA
   FN(store)(out + k * task->out.classes, loss ? 0 - log_probability : log_probability, task->out_dtype);
 }
 
+/* PL_SCORE: sum (p - q)^2 for the one-hot q of the label (Brier 1950). With e = exp(x - max), the others being all elements but
+ * one maximum and S = 1 + sum e of the others, it is (sum e^2 + (sum e)^2, both of the others, + 2 S (1 - e of the label)) /
+ * S^2. No difference loses digits: of a confident row the others are all that there is to see. */
+static inline REAL FN(brier)(REAL term, REAL sum, REAL squares, REAL scaled_reciprocal)
+{
+  const REAL reciprocal = scaled_reciprocal * EXP_SCALE, below = 1 - term / EXP_SCALE;
+  return FMA(sum, sum, squares) * reciprocal * reciprocal + 2 * below * reciprocal;
+}
+
 /* The outputs of PL_SCORE for row r. */
 static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(closing) f,
                           struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
@@ -243,6 +252,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
       if (!inside) bad = FN(flat_label)(task, r, k);
       if (scoring) {
         ((REAL *)task->loss)[r] = 0 - result;
+        if (task->brier) ((REAL *)task->brier)[r] = FN(brier)(FN(term)(picked, row.max, t), row.sum, row.squares, f.reciprocal);
         task->correct[r] = label == task->prediction[r];
       } else {
         FN(store_pick)(task, out, k, result);

@@ -28,7 +28,9 @@ struct FN(spread) {
 struct FN(row) {
   REAL max;
   REAL sum, sum_lo; /* of exp(x - max) over all elements but one maximum, as a pair */
-  REAL dot;         /* PL_SCORE: of exp(x - max) * (max - x) / temperature */
+  /* PL_SCORE: */
+  REAL dot;     /* of exp(x - max) * (max - x) / temperature */
+  REAL squares; /* of exp(x - max)^2 over all elements but one maximum */
   struct FN(spread) spread;
 };
 
@@ -620,16 +622,56 @@ static inline void FN(finish_block)(const struct FN(block) * block, struct FN(ro
   row->sum = FN(add_ones)(row->sum, row->sum_lo, (REAL)block->ones, &row->sum_lo);
 }
 
-/* The sum of exp(x - max) * (max - x) / temperature over a block, from what start_block kept; destroys e. */
-static REAL FN(entropy_dot)(const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t)
+/* PL_SCORE: from a term and its logit, exp(x - max) * (x - max) / temperature and exp(x - max)^2, both scaled as the term. */
+
+INLINE VEC FN(entropy_term)(VEC term, VEC x, VEC max, VEC inverse)
 {
-  REAL lo;
-  if (!FN(finite)(max)) return 0;
-  for (int64_t c = 0; c < n; c++) {
-    const REAL hi = FN(exponent)(x[c], max, t.inverse, t.inverse_lo, &lo);
-    e[c] = e[c] == 0 ? 0 : e[c] * -hi;
+  return term * FN(vec_larger)(FN(vec_fill)(-NUMBER_MAX), (x - max) * inverse); /* 0 times infinity is 0 */
+}
+
+INLINE VEC FN(square)(VEC term)
+{
+  return term * (term * FN(vec_fill)(1 / EXP_SCALE));
+}
+
+/* One vector of each line of a group. */
+INLINE void FN(add_scores)(struct FN(lanes) * dots, struct FN(lanes) * squares, int v, const REAL *x, const REAL *e, VEC max,
+                           VEC inverse)
+{
+  VEC logits[LINES_PER_GROUP], dot[LINES_PER_GROUP], term[LINES_PER_GROUP];
+  for (int i = 0; i < LINES_PER_GROUP; i++) {
+    logits[i] = FN(vec_load)(x + i * LANES);
+    term[i] = FN(vec_load)(e + i * LANES);
+    dot[i] = FN(entropy_term)(term[i], logits[i], max, inverse);
+    term[i] = FN(square)(term[i]);
   }
-  return FN(sum)(e, ROUND_UP(n, GROUP), &lo) / EXP_SCALE;
+  const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
+  if (__builtin_expect(FN(vec_count_equal)(top, max) != 0, 0))
+    for (int i = 0; i < LINES_PER_GROUP; i++) term[i] = FN(vec_unless_equal)(term[i], logits[i], max);
+  FN(add_line)(dots, v, (dot[0] + dot[1]) + (dot[2] + dot[3]));
+  FN(add_line)(squares, v, (term[0] + term[1]) + (term[2] + term[3]));
+}
+
+/* PL_SCORE: the two sums of a block, from the terms that start_block kept. */
+static void FN(sum_scores)(const struct FN(block) * block, const REAL *x, const REAL *e, int64_t n, REAL inverse,
+                           struct FN(row) * row)
+{
+  const VEC max = FN(vec_fill)(block->max), by = FN(vec_fill)(inverse), zero = FN(vec_fill)(0);
+  const int64_t whole = n / GROUP * GROUP;
+  struct FN(lanes) dots, squares;
+  REAL tail[GROUP], lo;
+  row->dot = row->squares = 0;
+  if (!FN(finite)(block->max)) return;
+  if (whole < n) FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
+  EACH_VEC(v) /* one after the other: the sums of all together were more than there are registers */
+  {
+    const int i = v / VEC_LANES;
+    dots.sum[i] = dots.lo[i] = squares.sum[i] = squares.lo[i] = zero;
+    for (int64_t c = 0; c < whole; c += GROUP) FN(add_scores)(&dots, &squares, i, x + c + v, e + c + v, max, by);
+    if (whole < n) FN(add_scores)(&dots, &squares, i, tail + v, e + whole + v, max, by);
+  }
+  row->dot = -FN(join_lanes)(&dots, &lo) / EXP_SCALE;
+  row->squares = FN(join_lanes)(&squares, &lo) / EXP_SCALE + (REAL)(block->ones - 1);
 }
 
 static inline int64_t FN(label)(const struct pl_task *task, int64_t r, int64_t k)
@@ -708,6 +750,8 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
     row.sum = sum.hi;
     row.sum_lo = sum.lo;
     row.dot += factor == 0 ? 0 : factor * (blocks[b].dot - distance * others) / EXP_SCALE;
+    const REAL unscaled = factor / EXP_SCALE;
+    row.squares += (1 + blocks[b].squares) * unscaled * unscaled;
   }
   return row;
 }
@@ -744,6 +788,19 @@ INLINE bool FN(any_above)(const REAL *x, int n, REAL least)
   return any;
 }
 
+/* The first of n numbers that equals their maximum; none is a NaN. */
+static int64_t FN(first_maximum)(const REAL *x, int64_t n, REAL max)
+{
+  const VEC top = FN(vec_fill)(max);
+  int64_t c = 0;
+  for (int found = 0; c + GROUP <= n; c += GROUP) {
+    EACH_VEC(v) found += FN(vec_count_equal)(FN(group_maximum)(x + c + v), top);
+    if (found) break;
+  }
+  while (x[c] != max) c++;
+  return c;
+}
+
 /* Most groups have none, and of the lines of another one most have none. */
 static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_x, int64_t *top_index, int64_t k, int64_t *kept)
 {
@@ -775,7 +832,6 @@ struct FN(slot) {
   REAL *top_x;         /* PL_SCORE: its largest logits, and their classes */
   int64_t *top_index;
   int64_t kept;
-  REAL dot;
 };
 
 /* Whether the second pass over a row is made from its terms. */
@@ -787,20 +843,25 @@ static inline bool FN(keeps_terms)(const struct pl_task *task)
 static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next,
                       const REAL *to, struct FN(slot) * slot)
 {
-  const int64_t n = FN(block_length)(task, b);
-  const bool scoring = task->operation == PL_SCORE;
-  const bool keep = scoring || (FN(keeps_terms)(task) && task->classes <= BLOCK);
-  FN(start_block)(&slot->block, slot->x, slot->e, n, max, t, next, to, keep);
-  if (!scoring) return;
-  if (b == 0) slot->kept = 0;
-  slot->dot = FN(entropy_dot)(slot->x, slot->e, n, max, t);
-  FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &slot->kept);
+  const bool keep = task->operation == PL_SCORE || (FN(keeps_terms)(task) && task->classes <= BLOCK);
+  FN(start_block)(&slot->block, slot->x, slot->e, FN(block_length)(task, b), max, t, next, to, keep);
 }
 
-static void FN(finish)(struct FN(slot) * slot)
+/* PL_SCORE: the rest of a block that is finished. */
+static void FN(score_block)(const struct pl_task *task, int64_t b, struct FN(temperature) t, struct FN(slot) * slot)
 {
-  FN(finish_block)(&slot->block, &slot->row);
-  slot->row.dot = slot->dot;
+  const int64_t n = FN(block_length)(task, b);
+  const REAL max = slot->row.max;
+  const bool has_nan = slot->row.sum != slot->row.sum;
+  if (b == 0) slot->kept = 0;
+  FN(sum_scores)(&slot->block, slot->x, slot->e, n, t.inverse, &slot->row);
+  if (task->picks > 1 || has_nan) {
+    FN(keep_largest)(slot->x, n, b * BLOCK, slot->top_x, slot->top_index, task->picks, &slot->kept);
+  } else if (!slot->kept || FN(above)(max, *slot->top_x)) {
+    slot->kept = 1;
+    *slot->top_x = max;
+    *slot->top_index = b * BLOCK + FN(first_maximum)(slot->x, n, max);
+  }
 }
 
 /* Whether rows go the common way: temperature 1, and maxima that are neither infinite nor large. */
@@ -875,7 +936,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
                                   struct FN(slot) * slots)
 {
   const int64_t n = task->classes;
-  const bool keep = FN(keeps_terms)(task);
+  const bool scoring = task->operation == PL_SCORE, keep = FN(keeps_terms)(task) || scoring;
   const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
@@ -887,11 +948,11 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   FN(maxima)(slots, rows, n, max);
   for (int64_t i = 0; i < rows; i++) {
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
-    to[i] = keep ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
+    to[i] = keep && !scoring ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
     if (task->operation == PL_CROSS_ENTROPY)
       slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
-  const bool near = task->operation != PL_SCORE && FN(all_near)(max, rows, t);
+  const bool near = FN(all_near)(max, rows, t);
   if (!near) {
     for (int64_t i = 0; i < rows; i++) FN(start)(task, 0, max[i], t, next[i], to[i], &slots[i]);
   } else if (keep) {
@@ -902,8 +963,9 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   if (near && rows >= MANY) {
     FN(finish_near_rows)(slots, rows);
   } else {
-    for (int64_t i = 0; i < rows; i++) FN(finish)(&slots[i]);
+    for (int64_t i = 0; i < rows; i++) FN(finish_block)(&slots[i].block, &slots[i].row);
   }
+  for (int64_t i = 0; scoring && i < rows; i++) FN(score_block)(task, 0, t, &slots[i]);
 }
 
 /* Blocks [first, last) of a long row. */
@@ -917,7 +979,8 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->row.spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
     FN(start)(task, b, max, t, next, next, slot);
-    FN(finish)(slot);
+    FN(finish_block)(&slot->block, &slot->row);
+    if (task->operation == PL_SCORE) FN(score_block)(task, b, t, slot);
     blocks[b] = slot->row;
   }
 }

@@ -5,13 +5,19 @@ static bool FN(side_by_side)(const struct pl_task *task)
   return task->logits.inner == pl_itemsize(task->dtype) && task->inner >= LANES / 2;
 }
 
+/* A tile of cross entropies or scores needs room for the logits and two more of their size. */
+static int64_t FN(slabs)(const struct pl_task *task)
+{
+  return task->operation == PL_CROSS_ENTROPY || task->operation == PL_SCORE ? 3 : 1;
+}
+
 /* A tile pays where rows are short or lie side by side; few rows, and their top k, go by the row. How short was measured, with
  * AVX2: up to 160 floats or 80 doubles; 112 and 56 for softmax and log_softmax, 128 and 64 for the gradients through them. (By
  * the row, time grows by groups: it is at its best with 128, and worse than the tile's up to 140.) */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
-  const bool backward = pl_is_backward(task), loss = task->operation == PL_CROSS_ENTROPY;
-  const int64_t most = backward ? TILE / 2 : loss ? 2 * TILE / TILES_OF_LOSS : TILE; /* by the room that there is */
+  const bool backward = pl_is_backward(task);
+  const int64_t most = backward ? TILE / 2 : FN(slabs)(task) > 1 ? 2 * TILE / FN(slabs)(task) : TILE; /* by the room there is */
   const bool whole = task->operation == PL_SOFTMAX || task->operation == PL_LOG_SOFTMAX;
   const int64_t short_lines = whole ? 7 : backward ? 8 : 10;
   if ((task->operation == PL_SCORE && task->picks > 1) || rows < LANES / 2) return false;
@@ -95,14 +101,14 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   }
   if (FN(by_tile)(task, end - begin)) {
     struct FN(tile) tiles[TILES];
-    const int64_t each = task->operation == PL_CROSS_ENTROPY ? TILES_OF_LOSS : task->operation == PL_SCORE ? 2 : 1;
+    const int64_t each = FN(slabs)(task);
     const int64_t tile_size = task->classes * LANES;
     const int64_t fitting = (int64_t)(sizeof scratch / sizeof(REAL)) / (each * tile_size);
     const int64_t most = fitting < TILES ? fitting : TILES;
     for (int64_t i = 0; i < most; i++) {
       tiles[i].x = scratch + i * each * tile_size;
       tiles[i].q = each > 1 ? tiles[i].x + tile_size : NULL;
-      tiles[i].other = each > 2 ? tiles[i].x + 2 * tile_size : NULL;
+      tiles[i].other = each > 1 ? tiles[i].x + 2 * tile_size : NULL;
     }
     for (int64_t r = begin; r < end; r += most * LANES) {
       const int64_t rows = end - r < most * LANES ? end - r : most * LANES;
@@ -127,7 +133,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   if (kept && !(top_index = malloc((size_t)(batch * kept) * sizeof *top_index))) bad = -2;
   if (kept && !(top_x = malloc((size_t)(batch * kept) * sizeof *top_x))) bad = -2;
   for (int64_t i = 0; i < batch; i++) {
-    slots[i].dot = 0;
+    slots[i].row.dot = slots[i].row.squares = 0; /* only PL_SCORE has them */
     FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index ? top_index + i * kept : NULL;
     slots[i].top_x = top_x ? top_x + i * kept : NULL;

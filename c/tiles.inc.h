@@ -214,18 +214,36 @@ static void FN(maximum_of_tile)(const REAL *x, int64_t classes, REAL *max)
   }
 }
 
-/* Steps 1 and 2, the maxima given. */
-static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, const REAL *max,
-                           struct FN(tree) * tree, REAL *ones)
+/* Rows with a large maximum are moved by it, see origin. */
+INLINE void FN(split_maxima)(const REAL *max, struct FN(temperature) t, REAL *near, REAL *shift)
 {
-  const bool plain = FN(is_plain)(t);
-  REAL near[LANES], shift[LANES]; /* of rows with a large maximum, see origin */
   for (int l = 0; l < LANES; l++) {
     const REAL scaled = max[l] * t.inverse;
     const int far = FN(finite)(max[l]) & ((scaled >= FAR) | (scaled <= -FAR));
     near[l] = far ? 0 : max[l];
     shift[l] = far ? max[l] : 0;
   }
+}
+
+/* The terms of a logit of each row. */
+static void FN(term_of_each)(const REAL *x, const REAL *max, struct FN(temperature) t, REAL *terms)
+{
+  REAL near[LANES], shift[LANES];
+  FN(split_maxima)(max, t, near, shift);
+  EACH_VEC(v)
+  {
+    const struct FN(origin) o = FN(origin_at)(FN(vec_load)(near + v), t);
+    FN(vec_store)(terms + v, FN(terms)(FN(vec_load)(x + v) - FN(vec_load)(shift + v), &o));
+  }
+}
+
+/* Steps 1 and 2, the maxima given. */
+static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, bool keep, const REAL *max,
+                           struct FN(tree) * tree, REAL *ones)
+{
+  const bool plain = FN(is_plain)(t);
+  REAL near[LANES], shift[LANES];
+  FN(split_maxima)(max, t, near, shift);
   EACH_VEC(v)
   {
     struct FN(origin) o = FN(origin_at)(FN(vec_load)(near + v), t);
@@ -280,7 +298,7 @@ struct FN(loss_tile) {
 struct FN(tile) {
   int64_t r, rows;
   REAL *x;         /* logits, then terms, then results: [class][row] */
-  REAL *q, *other; /* PL_CROSS_ENTROPY: two more; PL_SCORE: one, for the terms */
+  REAL *q, *other; /* PL_CROSS_ENTROPY and PL_SCORE: two more */
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
@@ -371,19 +389,35 @@ static void FN(largest_of_tile)(const REAL *x, int64_t classes, REAL *top_x, int
   }
 }
 
-/* The sums of exp(x - max) * (max - x) / temperature; destroys the terms in q. */
-static void FN(entropy_dots)(const struct FN(tile) * tile, int64_t classes, struct FN(temperature) t, REAL *dot)
+/* As sum_scores, from the terms in q, which are lost. The squares are summed only where they are wanted: at ten classes they
+ * are an eighth of the time. */
+static void FN(sum_score_tile)(const struct FN(tile) * tile, int64_t classes, REAL inverse, REAL *dot, REAL *squares)
 {
+  const VEC by = FN(vec_fill)(inverse);
   REAL lo[LANES];
-  for (int64_t c = 0; c < classes; c++) {
-    REAL *e = tile->q + c * LANES;
-    for (int l = 0; l < LANES; l++) {
-      const REAL hi = FN(exponent)(tile->x[c * LANES + l], tile->max[l], t.inverse, t.inverse_lo, &lo[l]);
-      e[l] = e[l] == 0 ? 0 : e[l] * -hi;
+  for (int64_t c = 0; squares && c < classes * LANES; c += LANES) {
+    EACH_VEC(v)
+    {
+      const VEC square = FN(square)(FN(vec_load)(tile->q + c + v));
+      FN(vec_store)
+      (tile->other + c + v, FN(vec_unless_equal)(square, FN(vec_load)(tile->x + c + v), FN(vec_load)(tile->max + v)));
+    }
+  }
+  for (int64_t c = 0; c < classes * LANES; c += LANES) {
+    EACH_VEC(v)
+    {
+      REAL *term = tile->q + c + v;
+      FN(vec_store)
+      (term, FN(entropy_term)(FN(vec_load)(term), FN(vec_load)(tile->x + c + v), FN(vec_load)(tile->max + v), by));
     }
   }
   FN(sum_tile)(tile->q, classes, dot, lo);
-  for (int l = 0; l < LANES; l++) dot[l] = FN(finite)(tile->max[l]) ? dot[l] / EXP_SCALE : 0;
+  if (squares) FN(sum_tile)(tile->other, classes, squares, lo);
+  for (int l = 0; l < LANES; l++) {
+    const bool finite = FN(finite)(tile->max[l]);
+    dot[l] = finite ? -dot[l] / EXP_SCALE : 0;
+    if (squares) squares[l] = finite ? squares[l] / EXP_SCALE + (tile->ones[l] - 1) : 0;
+  }
 }
 
 /* Puts a number a row into an array of one axis. */
@@ -395,11 +429,12 @@ static inline void FN(put_rows)(void *array, const struct FN(tile) * tile, const
 /* As score_row, for the largest logit alone. Its term is that of 0, or of no number. */
 static int64_t FN(write_score_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
-  REAL top_x[LANES], dot[LANES], logsumexp[LANES], entropy[LANES], confidence[LANES], loss[LANES];
+  REAL top_x[LANES], dot[LANES], squares[LANES], logsumexp[LANES], entropy[LANES], confidence[LANES];
+  REAL picked[LANES], terms[LANES], loss[LANES], brier[LANES];
   int32_t top_index[LANES];
   int64_t bad = -1;
   FN(largest_of_tile)(tile->x, task->classes, top_x, top_index);
-  FN(entropy_dots)(tile, task->classes, t, dot);
+  FN(sum_score_tile)(tile, task->classes, t.inverse, dot, task->brier ? squares : NULL);
   for (int l = 0; l < LANES; l++) {
     const struct FN(closing) f = FN(closing_of)(&tile->f, l);
     logsumexp[l] = FN(log_sum)(tile->max[l], tile->sum[l], f, t);
@@ -415,12 +450,16 @@ static int64_t FN(write_score_tile)(const struct pl_task *task, struct FN(tile) 
   for (int64_t l = 0; l < LANES; l++) {
     const int64_t label = l < tile->rows ? FN(label)(task, tile->r + l, 0) : 0;
     const bool inside = label >= 0 && label < task->classes;
-    loss[l] = inside ? tile->x[label * LANES + l] : NAN;
+    picked[l] = inside ? tile->x[label * LANES + l] : NAN;
     if (!inside && bad == -1) bad = FN(flat_label)(task, tile->r + l, 0);
     if (l < tile->rows) task->correct[tile->r + l] = label == top_index[l];
   }
-  for (int l = 0; l < LANES; l++) loss[l] = 0 - FN(log_probability)(loss[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
+  for (int l = 0; l < LANES; l++) loss[l] = 0 - FN(log_probability)(picked[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
   FN(put_rows)(task->loss, tile, loss);
+  if (!task->brier) return bad;
+  FN(term_of_each)(picked, tile->max, t, terms);
+  for (int l = 0; l < LANES; l++) brier[l] = FN(brier)(terms[l], tile->sum[l], squares[l], tile->f.reciprocal[l]);
+  FN(put_rows)(task->brier, tile, brier);
   return bad;
 }
 

@@ -1094,14 +1094,15 @@ def come_near(x, maximum, room):
 
 @helper
 def reduce_block(x, e, maximum, t, keep, upcoming):
-    """Steps 1 to 3, the maximum given; `keep` leaves exp(x - maximum) * EXP_SCALE in e."""
+    """Steps 1 to 3, the maximum given: the sum as a pair, and how often the maximum was met; `keep` leaves
+    exp(x - maximum) * EXP_SCALE in e."""
     k = constants(x[0])
     if not finite(maximum):
         total = k.zero
         for c in range(x.size):
             e[c] = k.nan
             total = total if x[c] == x[c] else x[c]
-        return total, k.zero
+        return total, k.zero, k.one
     if is_far(maximum, t):
         come_near(x, maximum, e)
         x, maximum = section(e, 0, x.size), k.zero
@@ -1110,41 +1111,63 @@ def reduce_block(x, e, maximum, t, keep, upcoming):
     else:
         s, s_lo, ones = add_terms(x, e, maximum, t, keep, upcoming)
     total, total_lo = sum_of_lanes(s, s_lo)
-    return add_ones(total, total_lo, ones)
+    total, total_lo = add_ones(total, total_lo, ones)
+    return total, total_lo, ones
+
+
+@inlined
+def entropy_term(x, e, maximum, t):
+    """From a term and its logit, exp(x - maximum) (x - maximum) / temperature, scaled as the term: 0 times infinity is 0."""
+    return e * larger(every_lane(-constants(x).most), (x - maximum) * t[0])
+
+
+@inlined
+def square(x, e, maximum):
+    """From a term and its logit, exp(x - maximum)^2, scaled as the term, but 0 for the maximum."""
+    k = constants(x)
+    return select(x == maximum, k.zero, e * (e * (k.one / k.exp_scale)))
+
+
+@inlined
+def add_group_of_score(dots, squares, maximum, t, x, e):
+    """The two sums of sum_scores, of one group more; and how many lanes are the maximum."""
+    a, b = entropy_term(x[0], e[0], maximum, t), entropy_term(x[1], e[1], maximum, t)
+    c, d = entropy_term(x[2], e[2], maximum, t), entropy_term(x[3], e[3], maximum, t)
+    dots = add_line(dots, (a + b) + (c + d))
+    a, b = square(x[0], e[0], maximum), square(x[1], e[1], maximum)
+    c, d = square(x[2], e[2], maximum), square(x[3], e[3], maximum)
+    return dots, add_line(squares, (a + b) + (c + d))
 
 
 @helper
-def entropy_dot(x, e, maximum, t):
-    """The sum of exp(x - maximum) (maximum - x) / temperature; destroys e."""
+def sum_scores(x, e, maximum, ones, t):
+    """The sums of exp(x - maximum) (maximum - x) / temperature and, without one maximum of the `ones`, exp(x - maximum)^2."""
     k = constants(x[0])
     if not finite(maximum):
-        return k.zero
-    whole = x.size // k.lanes * k.lanes
-    for c in range(0, whole, k.lanes):
-        put_line(e, c, entropy_term(line_at(x, c), line_at(e, c), maximum, t))
-    if whole < x.size:
-        part = part_at(x, whole, x.size - whole, maximum)
-        put_line(e, whole, entropy_term(part, line_at(e, whole), maximum, t))
+        return k.zero, k.zero
+    dots = every_lane(k.zero), every_lane(k.zero)
+    squares = dots
     group = LINES * k.lanes
-    return sum_of(e, (x.size + group - 1) // group * group)[0] / k.exp_scale
-
-
-@helper
-def entropy_term(x, e, maximum, t):
-    k = constants(x)
-    hi, _ = exponent(x, maximum, t[0], t[1])
-    return select(e == k.zero, k.zero, e * -hi)
+    whole = x.size // group * group
+    for c in range(0, whole, group):
+        dots, squares = add_group_of_score(dots, squares, maximum, t, group_at(x, c), group_at(e, c))
+    if whole < x.size:
+        part = group_part_at(x, whole, -k.infinity)
+        dots, squares = add_group_of_score(dots, squares, maximum, t, part, group_at(e, whole))
+    dot, square_sum = sum_of_lanes(dots[0], dots[1])[0], sum_of_lanes(squares[0], squares[1])[0]
+    return -dot / k.exp_scale, square_sum / k.exp_scale + (ones - k.one)
 
 
 @helper
 def join_blocks(blocks, t):
-    """Step 4 on rows of (maximum, sum, low part of the sum, dot)."""
+    """Step 4 on rows of (maximum, sum, low part of the sum, dot, squares)."""
     k = constants(blocks[0, 0])
     top = 0
     for b in range(1, len(blocks)):
         if blocks[b, 0] > blocks[top, 0] or blocks[top, 0] != blocks[top, 0]:
             top = b
-    maximum, total, total_lo, dot = blocks[top, 0], blocks[top, 1], blocks[top, 2], blocks[top, 3]
+    maximum, total, total_lo = blocks[top, 0], blocks[top, 1], blocks[top, 2]
+    dot, squares = blocks[top, 3], blocks[top, 4]
     for b in range(len(blocks)):
         if b == top:
             continue
@@ -1159,7 +1182,9 @@ def join_blocks(blocks, t):
         term_lo = fma(others, factor, -term) + (others * factor_lo + others_lo * factor)
         total, total_lo = gather((total, total_lo), (term / k.exp_scale, term_lo / k.exp_scale))
         dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others) / k.exp_scale
-    return maximum, total, total_lo, dot
+        unscaled = factor / k.exp_scale
+        squares += (k.one + blocks[b, 4]) * unscaled * unscaled
+    return maximum, total, total_lo, dot, squares
 
 
 @allocating
@@ -1187,9 +1212,9 @@ def reduce_row(logits, where, r, end, room, e, blocks, t, keep):
         maximum = maximum_of(x)
         upcoming = next_block(logits, r, b * k.block, end, x)
         blocks[b, 0] = maximum
-        blocks[b, 1], blocks[b, 2] = reduce_block(x, e, maximum, t, keep, upcoming)
-        blocks[b, 3] = k.zero
-    return join_blocks(blocks, t)
+        blocks[b, 1], blocks[b, 2], _ = reduce_block(x, e, maximum, t, keep, upcoming)
+        blocks[b, 3] = blocks[b, 4] = k.zero
+    return join_blocks(blocks, t)[:3]
 
 
 # ---- rows of one block, step by step, so that the operations of a step overlap with other rows': c/rows.inc.h ----
@@ -1235,7 +1260,7 @@ def reduce_short_rows(logits, r, rows, end, e, keep, numbers):
             put_line(s, lane * k.lanes, lanes)
             put_line(s_lo, lane * k.lanes, lanes_lo)
         else:
-            total, total_lo = reduce_block(x, terms_, numbers[lane], t, keep, upcoming)
+            total, total_lo, _ = reduce_block(x, terms_, numbers[lane], t, keep, upcoming)
             numbers[k.lanes + lane], numbers[2 * k.lanes + lane] = total, total_lo
     if near:
         for lane in range(rows):
@@ -1441,7 +1466,7 @@ def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_gr
 @allocating
 def block_room(logits):
     block = BLOCK_BYTES // logits.itemsize
-    return np.empty(((logits.shape[1] + block - 1) // block, 4), logits.dtype)
+    return np.empty(((logits.shape[1] + block - 1) // block, 5), logits.dtype)
 
 
 # ---- LANES short rows at once, the rows in the lanes: c/tiles.inc.h ----
@@ -1599,24 +1624,39 @@ def stage_tile(logits, where, r, rows, x):
 def reduce_tile(logits, where, r, rows, x, t, keep):
     """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms."""
     maximum = stage_tile(logits, where, r, rows, x)
-    total, total_lo = reduce_loaded(x, logits.shape[1], maximum, t, keep)
+    total, total_lo, _ = reduce_loaded(x, logits.shape[1], maximum, t, keep)
     return maximum, total, total_lo
+
+
+@inlined
+def near_maximum(maximum, t):
+    """The maximum, or 0 where the rows are moved so that it is 0: see is_far."""
+    k = constants(maximum)
+    scaled = maximum * t[0]
+    is_near = select(scaled < k.zero, -scaled, scaled) < k.far
+    return select(is_near, maximum, select(finite(maximum), k.zero, maximum))
+
+
+@helper
+def line_term(x, maximum, t):
+    """As term, of a logit of each row of a tile."""
+    near = near_maximum(maximum, t)
+    x = x - (maximum - near)
+    return terms(x, near, None) if is_plain(t) else terms(x, near, t)
 
 
 @helper
 def reduce_loaded(x, classes, maximum, t, keep):
-    """The sums, of logits in x."""
-    k = constants(x[0])
-    scaled = maximum * t[0]
-    is_near = select(scaled < k.zero, -scaled, scaled) < k.far
-    near = select(is_near, maximum, select(finite(maximum), k.zero, maximum))
+    """The sums of logits in x as pairs, and how often the maxima were met."""
+    near = near_maximum(maximum, t)
     shift = maximum - near
     if is_plain(t):
         total, total_lo, ones = sum_tile(x, classes, (near, shift, None), keep)
     else:
         total, total_lo, ones = sum_tile(x, classes, (near, shift, t), keep)
     total, total_lo = add_ones(total, total_lo, ones)
-    return spoil_tile(x, classes, maximum, total, total_lo)
+    total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
+    return total, total_lo, ones
 
 
 @helper
@@ -1759,7 +1799,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
     blocks = block_room(logits)
     keep = not log and len(blocks) == 1
     for r in range(begin, end):
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, keep)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, keep)
         f = finish_row(maximum, total, total_lo)
         for first in range(0, classes, k.block):
             target = block_of(out, r, first)
@@ -1801,7 +1841,7 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         out[i, j] = log_sum(maximum, total, finish_row(maximum, total, total_lo), t)
 
 
@@ -1848,7 +1888,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         f = finish_row(maximum, total, total_lo)
         for pick in range(indices.shape[1]):
             label = indices[i, pick, j]
@@ -1882,7 +1922,7 @@ def dense_rows(logits, where, labels, out, begin, end):
     blocks, weight = block_room(logits), section(x, 0, 0)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo, _ = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
         staged = stage(logits, where, r, 0, x)
         dot, mass = dot_targets(logits, where, labels, weight, None, r, maximum, staged, x, e)
         out[i, j] = dense_loss(dot, mass, finish_row(maximum, total, total_lo))
@@ -2013,7 +2053,7 @@ def loss_tiles(
                 put_line(e, c, product_lo)
             dot, low = sum_tile(other, classes), sum_tile(e, classes)
             dot = dot[0], dot[1] + low[0]
-        total, total_lo = reduce_loaded(x, classes, maximum, t, grad.size != 0)
+        total, total_lo, _ = reduce_loaded(x, classes, maximum, t, grad.size != 0)
         f = finish_row(maximum, total, total_lo)
         spread = Spread(target, count, weights, distances)
         loss = close_loss(numbers, maximum, f, t, dot, mass, spread, line_at(per_row, 3 * lanes), line_at(per_row, 4 * lanes))
@@ -2105,9 +2145,9 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
                     keep_spread(spreads, b, spread)
                     upcoming = next_block(logits, r, b * k.block, end, staged)
                     blocks[b, 0] = maximum
-                    blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, keep, upcoming)
-                    blocks[b, 3] = k.zero
-                maximum, total, total_lo, _ = join_blocks(blocks, t)
+                    blocks[b, 1], blocks[b, 2], _ = reduce_block(staged, e, maximum, t, keep, upcoming)
+                    blocks[b, 3] = blocks[b, 4] = k.zero
+                maximum, total, total_lo = join_blocks(blocks, t)[:3]
                 spread = join_spreads(blocks, spreads, maximum)
                 f = finish_row(maximum, total, total_lo)
             nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
@@ -2274,13 +2314,26 @@ def largest_of_tile(x, classes):
 
 
 @helper
-def entropy_dots(x, e, classes, maximum, t):
-    """As entropy_dot for each row of a tile; destroys the terms in e."""
+def sum_score_tile(x, e, other, classes, maximum, ones, t):
+    """As sum_scores for each row of a tile; the terms in e are lost."""
     k = constants(x[0])
     for c in range(0, classes * k.lanes, k.lanes):
-        put_line(e, c, entropy_term(line_at(x, c), line_at(e, c), maximum, t))
-    dot, _, _ = sum_tile(e, classes)
-    return select(finite(maximum), dot / k.exp_scale, k.zero)
+        line, line_terms = line_at(x, c), line_at(e, c)
+        put_line(e, c, entropy_term(line, line_terms, maximum, t))
+        put_line(other, c, square(line, line_terms, maximum))
+    dots, squares = sum_tile(e, classes)[0], sum_tile(other, classes)[0]
+    is_sum = finite(maximum)
+    dots = select(is_sum, -dots / k.exp_scale, k.zero)
+    return dots, select(is_sum, squares / k.exp_scale + (ones - k.one), k.zero)
+
+
+@inlined
+def brier_of(label_term, total, squares, f):
+    """sum (p - q)^2 for the one-hot q of a label, from its exp(x - maximum) * EXP_SCALE: see results.inc.h."""
+    k = constants(total)
+    reciprocal = f[2] * k.exp_scale
+    below = k.one - label_term / k.exp_scale
+    return fma(total, total, squares) * reciprocal * reciprocal + k.two * below * reciprocal
 
 
 @allocating
@@ -2297,6 +2350,7 @@ def score_rows(
     top_probabilities,
     loss,
     correct,
+    brier,
     begin,
     end,
 ):
@@ -2306,24 +2360,27 @@ def score_rows(
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
     if top_indices.shape[2] == 1 and by_tile(logits, end - begin):
-        numbers = scratch(temperature, LINE_BYTES)
+        numbers, other = scratch(temperature, LINE_BYTES), scratch(temperature, TILE_BYTES)
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
             maximum = stage_tile(logits, where, r, rows, x)
             copy(e, x, classes * k.lanes)
-            total, total_lo = reduce_loaded(e, classes, maximum, t, True)
+            total, total_lo, ones = reduce_loaded(e, classes, maximum, t, True)
             # By the logits: in e are terms, which beside an infinity are NaN.
             total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
             f = finish_row(maximum, total, total_lo)
             top, best = largest_of_tile(x, classes)
             certain = probability(k.exp_scale + (top - top), f)
             store_line(logsumexp, log_sum(maximum, total, f, t), r, rows)
-            store_line(entropy, f[0] + entropy_dots(x, e, classes, maximum, t) * (f[2] * k.exp_scale), r, rows)
+            dots, squares = sum_score_tile(x, e, other, classes, maximum, ones, t)
+            store_line(entropy, f[0] + dots * (f[2] * k.exp_scale), r, rows)
             store_line(confidence, certain, r, rows)
             store_line(top_probabilities[:, :, 0], certain, r, rows)
             if labels.size:
                 value = pick_from_tile(x, labels, r, rows, classes, numbers)
                 store_line(loss, k.zero - log_probability(value, maximum, f, t), r, rows)
+                if brier.size:
+                    store_line(brier, brier_of(line_term(value, maximum, t), total, squares, f), r, rows)
             put_line(numbers, 0, best)
             for lane in range(rows):
                 i, j = position(r + lane, inner)
@@ -2343,10 +2400,10 @@ def score_rows(
             maximum = maximum_of(staged)
             upcoming = next_block(logits, r, first, end, staged)
             blocks[b, 0] = maximum
-            blocks[b, 1], blocks[b, 2] = reduce_block(staged, e, maximum, t, True, upcoming)
-            blocks[b, 3] = entropy_dot(staged, e, maximum, t)
+            blocks[b, 1], blocks[b, 2], ones = reduce_block(staged, e, maximum, t, True, upcoming)
+            blocks[b, 3], blocks[b, 4] = sum_scores(staged, e, maximum, ones, t)
             kept = keep_largest(staged, first, top_x, top_index, kept)
-        maximum, total, total_lo, dot = join_blocks(blocks, t)
+        maximum, total, total_lo, dot, squares = join_blocks(blocks, t)
         f = finish_row(maximum, total, total_lo)
         logsumexp[i, j] = log_sum(maximum, total, f, t)
         entropy[i, j] = f[0] + dot * (f[2] * k.exp_scale)
@@ -2360,6 +2417,8 @@ def score_rows(
             value = logits[i, label, j] if 0 <= label < classes else k.nan
             loss[i, j] = k.zero - log_probability(value, maximum, f, t)
             correct[i, j] = label == prediction[i, j]
+            if brier.size:
+                brier[i, j] = brier_of(term(value, maximum, t), total, squares, f)
 
 
 # ---- half precision, whose rows come as copies in float32: the bits that NumPy makes, which takes 0.7 ns a bfloat16 and 6 ns a
@@ -2504,6 +2563,7 @@ def score_pieces(
     top_probabilities,
     loss,
     correct,
+    brier,
     pieces,
     piece,
 ):
@@ -2523,6 +2583,7 @@ def score_pieces(
                 top_probabilities,
                 loss,
                 correct,
+                brier,
                 p * piece,
                 piece_end(logits, p * piece, piece),
             )
@@ -2620,6 +2681,7 @@ def _signature(function, real):
             per_top,
             per_row,
             _array(flag, 2),
+            per_row,
             count,
             count,
         ),
@@ -2779,7 +2841,7 @@ def log_softmax_backward(log_probs, grad, out, threads):
     _run(backward_pieces, threads, log_probs, grad, True, out)
 
 
-def score(logits, targets, temperature, scores, threads):
+def score(logits, targets, temperature, scores, threads, brier=None):
     per_row = scores.prediction, scores.confidence, scores.entropy, scores.logsumexp
     if targets is None:
         targets, loss, correct = (
@@ -2801,4 +2863,5 @@ def score(logits, targets, temperature, scores, threads):
         *top,
         loss,
         correct,
+        np.empty((0, 0), logits.dtype) if brier is None else brier,
     )

@@ -251,7 +251,9 @@ def log_softmax_backward(log_probs: Array, grad: Array, out: Array, threads: int
         out[...] = g - np.exp(_widen(log_probs)) * g.sum(axis=1, keepdims=True)
 
 
-def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
+def score(
+    logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int, brier: Array | None = None
+) -> int:
     if targets is not None:
         bad = find_bad_label(targets, logits.shape[1])
         if bad != -1:
@@ -274,4 +276,8 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
             losses = np.log1p(others) - np.take_along_axis(shifted, targets[:, None], axis=1)
             scores.loss[...] = losses[:, 0]
             scores.correct[...] = scores.prediction == targets
+            if brier is not None:
+                differences = probabilities.copy()
+                np.put_along_axis(differences, targets[:, None], np.expm1(-losses), axis=1)
+                brier[...] = (differences**2).sum(axis=1)
     return -1

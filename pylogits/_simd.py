@@ -56,6 +56,7 @@ def _task(
     picks: int = 1,
     grad: Array | None = None,
     scores: Scores | None = None,
+    brier: Array | None = None,
     losses: Mapping[str, Any] | None = None,
 ) -> Any:
     """The arguments of one call. It has the arrays' addresses only: they must be kept."""
@@ -79,6 +80,8 @@ def _task(
         for (name, kind), array in zip(_SCORES, scores, strict=True):
             if array is not None:
                 setattr(task, name, _from_buffer(kind, array))
+    if brier is not None:
+        task.brier = _from_buffer(_BYTES, brier)
     return task
 
 
@@ -341,7 +344,9 @@ def log_softmax_backward(log_probs: Array, grad: Array, out: Array, threads: int
     _run(lib.PL_LOG_SOFTMAX_BACKWARD, log_probs, threads, out=out, grad=grad)
 
 
-def score(logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int) -> int:
+def score(
+    logits: Array, targets: Array | None, temperature: float, scores: Scores, threads: int, brier: Array | None = None
+) -> int:
     return _run(
         lib.PL_SCORE,
         logits,
@@ -350,6 +355,7 @@ def score(logits: Array, targets: Array | None, temperature: float, scores: Scor
         temperature=temperature,
         picks=scores.top_k_indices.shape[-1],
         scores=scores,
+        brier=brier,
     )
 
 

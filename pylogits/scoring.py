@@ -32,7 +32,6 @@ class DoubleSoftmaxWarning(UserWarning):
     """
 
 
-@standard_arithmetic
 def score(
     logits: Any,
     targets: Any = None,
@@ -77,6 +76,25 @@ def score(
     >>> scores.loss
     array([0.4790107 , 1.19967598])
     """
+    scores, _ = score_with_brier(logits, targets, axis, top_k, temperature, brier=False)
+    return scores
+
+
+@standard_arithmetic
+def score_with_brier(
+    logits: Any,
+    targets: Any,
+    axis: SupportsIndex,
+    top_k: SupportsIndex,
+    temperature: float,
+    *,
+    brier: bool = True,
+    threads: int | None = None,
+) -> tuple[Scores, Any]:
+    """`score`, and the Brier score of each row, of arrays of the CPU with targets: sum (p - q)^2 for the one-hot q of a target.
+
+    `threads` is how many to take, where that is not for the dispatcher to say.
+    """
     array = _rows.to_array(logits, "logits")
     dtype = _rows.check_floats(array, "logits")
     number = _rows.check_single_axis(axis, array.ndim)
@@ -100,16 +118,20 @@ def score(
     kinds = [(rows, integers), (rows, floats), (rows, floats), (rows, floats), (best, integers), (best, floats)]
     if labels is not None:
         kinds += [(rows, floats), (rows, np.dtype(np.bool_))]
+        if brier:
+            kinds.append((rows, floats))
     results = [_rows.empty(logits, shape, kind) for shape, kind in kinds]
     row_outputs = list(results)
     if on_gpu:
         row_outputs[4:6] = [np.moveaxis(result, number, -1) for result in results[4:6]]
     if array.size:
-        module, threads = _rows.backend("score", array, dtype, (number,))
+        module, usual = _rows.backend("score", array, dtype, (number,))
 
         def kernel(logits: Any, *arrays: Any) -> Any:
-            labels, arrays = (arrays[0], arrays[1:]) if targets is not None else (None, (*arrays, None, None))
-            return module.score(logits, labels, temperature, Scores(*arrays), threads)
+            if targets is None:
+                return module.score(logits, None, temperature, Scores(*arrays, None, None), threads or usual)
+            labels, scores, others = arrays[0], Scores(*arrays[1:9]), arrays[9:]
+            return module.score(logits, labels, temperature, scores, threads or usual, *others)
 
         _rows.run(
             kernel,
@@ -125,7 +147,8 @@ def score(
     if not on_gpu:
         results[4:6] = [np.moveaxis(results[4], -1, number), np.moveaxis(results[5], -1, number)]
     delivered = [_rows.deliver(logits, result, None) for result in results]
-    return Scores(*delivered, *[None] * (8 - len(delivered)))
+    delivered += [None] * (9 - len(delivered))
+    return Scores(*delivered[:8]), delivered[8]
 
 
 @standard_arithmetic

@@ -23,6 +23,7 @@ from command import COMMAND, refused, run
 import pylogits
 from pylogits.batch import job, metrics, readers
 from pylogits.batch.metrics import Metrics
+from pylogits.scoring import score_with_brier
 
 TAKEN = "would take the place of an input or of another output"
 ALONE = "-: standard input can't be one of several inputs, nor have its scores in a folder"
@@ -431,7 +432,12 @@ def test_refusals(arguments, reason):
 
 def test_a_bad_target_in_the_last_file_ends_the_run_before_the_first_row(shards, monkeypatch):
     np.save("shards/2/targets.npy", np.full(29, 4))
-    monkeypatch.setattr(pylogits, "score", lambda logits, *rest, **options: len(logits) and pytest.fail("a row was scored"))
+
+    def failing_score(logits, *rest, **options):
+        assert not len(logits), "a row was scored"
+        return None, None
+
+    monkeypatch.setattr(job, "score_with_brier", failing_score)
     assert refused(*shards, "--out", "out.npz") == "shards/2/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
@@ -445,7 +451,7 @@ def contents(folder):
 def test_resume_after_a_stop(shards, monkeypatch):
     """The scores, and what is printed of them, are those of a run that nothing stopped."""
     wanted_summary = score(*shards, "--out", "whole")
-    whole_score = pylogits.score
+    whole_score = job.score_with_brier
     calls = []
 
     def stopping_score(logits, *arguments, **options):
@@ -455,7 +461,7 @@ def test_resume_after_a_stop(shards, monkeypatch):
                 raise KeyboardInterrupt
         return whole_score(logits, *arguments, **options)
 
-    monkeypatch.setattr(pylogits, "score", stopping_score)
+    monkeypatch.setattr(job, "score_with_brier", stopping_score)
     assert run("score", *shards, "--out", "scores").exit_code != 0
     assert sorted(contents("scores")) == ["0-logits.parquet", "0-logits.parquet.json"]
     summary = score(*shards, "--out", "scores", "--resume")
@@ -479,11 +485,11 @@ def test_resume_scores_again_what_has_changed(change, shards, monkeypatch):
         os.truncate("scores/1-logits.parquet.json", 100)
     else:
         os.remove("scores/1-logits.parquet")
-    whole_score = pylogits.score
+    whole_score = job.score_with_brier
     calls = []
     monkeypatch.setattr(
-        pylogits,
-        "score",
+        job,
+        "score_with_brier",
         lambda logits, *rest, **options: (calls.append(len(logits)), whole_score(logits, *rest, **options))[1],
     )
     score(*shards, *options)
@@ -555,7 +561,7 @@ def definitions(logits, targets):
 
 def count(logits, targets, top_k=2, name="logits.npy"):
     counted = Metrics(logits.shape[1])
-    counted.add(name, pylogits.score(logits, targets, top_k=top_k), logits, targets, 1.0)
+    counted.add(name, *score_with_brier(logits, targets, -1, top_k, 1.0), targets)
     return counted
 
 
@@ -629,7 +635,7 @@ def test_pairs_in_bounded_memory(monkeypatch):
     counted = Metrics(30)
     for rows in np.split(np.arange(2000), 20):
         logits = np.eye(30)[predictions[rows]] * 9
-        counted.add("logits", pylogits.score(logits, targets[rows]), logits, targets[rows], 1.0)
+        counted.add("logits", *score_with_brier(logits, targets[rows], -1, 1, 1.0), targets[rows])
     assert len(counted.pairs) <= 10
     rows, target, prediction = counted.confusions(1)[0]
     exact = int(((targets == 5) & (predictions == 7)).sum())

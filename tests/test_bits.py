@@ -13,6 +13,7 @@ from conftest import BACKENDS
 
 import pylogits
 from pylogits import Scores
+from pylogits.scoring import score_with_brier
 
 pytestmark = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"], indirect=True)
 
@@ -63,9 +64,10 @@ def draw(op, classes, dtype, offsets):
 def run(op, arguments, **options):
     """Return all results of a call: one array, or the fields of Scores."""
     if op == "score":
-        options["top_k"] = min(3, arguments["logits"].shape[options.get("axis", -1)])
-    result = getattr(pylogits, op)(**arguments, **options)
-    return result if isinstance(result, Scores) else (result,)
+        axis = options.get("axis", -1)
+        scores, brier = score_with_brier(*arguments.values(), axis, min(3, arguments["logits"].shape[axis]), 1.0)
+        return *scores, brier
+    return (getattr(pylogits, op)(**arguments, **options),)
 
 
 @cache
@@ -129,7 +131,7 @@ def check(op, classes, dtype, offsets, count, arrangement="last axis", layout="c
         same = np.ascontiguousarray(result).view(bits) == wanted[rows].view(bits)
         if not same.all():
             where = [int(n) for n in np.argwhere(~same)[0]]
-            field = Scores._fields[i] if op == "score" else op
+            field = (*Scores._fields, "brier")[i] if op == "score" else op
             pytest.fail(
                 f"{field} of {count} x {classes} {offsets}, {arrangement}, {layout}, out {out}, from row {start}: "
                 f"{(~same).sum()} differ, first at {where}: {result[*where]!r}, not {wanted[rows][*where]!r}"

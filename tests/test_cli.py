@@ -366,7 +366,7 @@ def test_a_run_cut_short_keeps_the_old_output(suffix, failure, small_chunks, mon
     """Whatever ends the run, and after the first chunk has been written."""
     wanted = score(LOGITS, targets=TARGETS, out=f"out.{suffix}")
     before = sorted(os.listdir())
-    whole_score = pylogits.score
+    whole_score = job.score_with_brier
     calls = []
 
     def failing_score(*arguments, **options):
@@ -375,9 +375,9 @@ def test_a_run_cut_short_keeps_the_old_output(suffix, failure, small_chunks, mon
             raise failure
         return whole_score(*arguments, **options)
 
-    monkeypatch.setattr(pylogits, "score", failing_score)
+    monkeypatch.setattr(job, "score_with_brier", failing_score)
     result = run("score", "logits.npy", "--out", f"out.{suffix}")
-    assert len(calls) == 2
+    assert len(calls) >= 2
     assert result.exit_code != 0
     assert sorted(os.listdir()) == before
     assert_columns(read(f"out.{suffix}"), wanted)

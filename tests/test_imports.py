@@ -83,7 +83,7 @@ def test_imports_of_batch_run_one_way(path):
     others = {name.split(".")[2] for name in imported(path) if name.startswith("pylogits.batch.")}
     for name in others:
         assert rank[name] > rank[path.stem], f"{path.stem} imports {name}"
-    assert siblings(path) <= {"batch"}
+    assert siblings(path) <= {"batch", "scoring"}
 
 
 def test_only_the_backend_module_knows_the_extension():

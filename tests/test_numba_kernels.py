@@ -75,9 +75,11 @@ def everything(backend, logits, threads):
         out = np.empty(indices.shape, dtype)
         assert backend.selective_log_softmax(logits, indices, temperature, out, threads) == -1
         results["selective", temperature] = out
-        scores = new_scores(shape, dtype, min(3, shape[1]))
-        assert backend.score(logits, labels, temperature, scores, threads) == -1
-        results |= {(name, temperature): array for name, array in scores._asdict().items()}
+        for top_k in {1, min(3, shape[1])}:
+            scores, brier = new_scores(shape, dtype, top_k), np.empty(rows, dtype)
+            assert backend.score(logits, labels, temperature, scores, threads, brier) == -1
+            fields = scores._asdict() | {"brier": brier}
+            results |= {(name, temperature, top_k): array for name, array in fields.items()}
     results["dense"] = np.empty(rows, dtype)
     backend.softmax_cross_entropy_with_logits(logits, soft, results["dense"], threads)
     out = results["sparse"] = np.empty(rows, dtype)

@@ -12,6 +12,7 @@ import ctypes, mmap, sys
 import ml_dtypes
 import numpy as np, pylogits
 from pylogits import _simd
+from pylogits.scoring import score_with_brier
 
 isa, dtype = sys.argv[1], np.dtype(getattr(ml_dtypes, sys.argv[2], sys.argv[2]))
 real = np.dtype("float64" if dtype == np.float64 else "float32")
@@ -76,7 +77,8 @@ for classes in range(1, CLASSES + 1):
         pylogits.cross_entropy_value_and_grad(logits, labels, grad_out=result, softcap=5.0, z_loss=0.1, **options)
         pylogits.cross_entropy_value_and_grad(logits, labels, grad_out=result, where=a["where"], **options)
         pylogits.cross_entropy_value_and_grad(logits, q, grad_out=result, **options)
-        pylogits.score(logits, labels, top_k=min(3, classes))
+        for top_k in (1, min(3, classes)):
+            score_with_brier(logits, labels, -1, top_k, 1.0)
         turned = logits.reshape(classes, ROWS), result.reshape(classes, ROWS)
         pylogits.softmax(turned[0], axis=0, out=turned[1])
         pylogits.cross_entropy_value_and_grad(turned[0], labels, axis=0, grad_out=turned[1], **options)

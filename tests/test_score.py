@@ -7,6 +7,7 @@ import pytest
 from cases import LAYOUTS, lay_out
 
 import pylogits
+from pylogits.scoring import score_with_brier
 
 LN2, LN3 = 0.6931471805599453, 1.0986122886681098
 nan, inf = np.nan, np.inf
@@ -62,6 +63,48 @@ def test_fields_agree_with_the_functions(backend, dtype):
         )
         wide = p.astype(np.longdouble)
         same(scores.entropy, -(wide * np.log(np.where(wide > 0, wide, 1))).sum(1), 4 * tight)
+
+
+def test_brier(backend, dtype):
+    _, brier = score_with_brier(ROWS.astype(dtype), [0, 2, 3], -1, 1, 1.0)
+    same(brier, [0.34375, 0.84375, 1.09375])
+
+
+def test_brier_of_confident_rows(backend):
+    """Right, it has all its digits; wrong, it is nearly 2."""
+    for classes, top_k in ((10, 1), (10, 2)):
+        logits = np.zeros((20, classes), np.float32)
+        logits[:, 0] = 15
+        _, brier = score_with_brier(logits, [0, 3] * 10, -1, top_k, 1.0)
+        np.testing.assert_allclose(brier, [8.4218142993466564e-12, 1.9999938819788555] * 10, rtol=5e-7)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 100, 161, 1000, 5000, 20000])
+def test_brier_is_exact(backend, dtype, classes):
+    """Against extended precision: rows of several blocks, ties of the maximum, a large common offset, a temperature."""
+    rng = np.random.default_rng(classes)
+    logits = (rng.standard_normal((30, classes)) * rng.choice([0.1, 3, 30], (30, 1))).astype(dtype)
+    logits[::3, 0] += 40
+    logits[1::4, :3] = logits.max()
+    logits[20:] += 1000
+    targets = rng.integers(classes, size=30)
+    targets[::2] = logits[::2].argmax(1)
+    for temperature in (1.0, 2.0):
+        x = logits.astype(np.longdouble) / temperature
+        x -= x.max(1, keepdims=True)
+        others = np.exp(x)
+        np.put_along_axis(others, logits.argmax(1)[:, None], 0, axis=1)
+        total = others.sum(1)
+        missed = -np.expm1(np.take_along_axis(x, targets[:, None], 1)[:, 0])
+        expected = ((others**2).sum(1) + total**2 + 2 * (1 + total) * missed) / (1 + total) ** 2
+        _, brier = score_with_brier(logits, targets, -1, 1, temperature)
+        np.testing.assert_allclose(brier, expected, rtol=4 * np.finfo(dtype).eps, atol=np.finfo(dtype).tiny)
+
+
+def test_brier_of_special_rows(backend, dtype):
+    rows = np.array([[0, nan, 1], [inf, 0, 1], [-inf, -inf, -inf], [0, -inf, 0]], dtype)
+    _, brier = score_with_brier(rows, [0, 0, 0, 1], -1, 1, 1.0)
+    np.testing.assert_allclose(brier, [nan, nan, nan, 1.5])
 
 
 def test_top_k(backend, dtype):

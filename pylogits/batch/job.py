@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
@@ -25,7 +26,9 @@ from pylogits.batch.readers import (
     standard_input,
 )
 from pylogits.batch.writers import Chunks, Columns, replacing, write
+from pylogits.scoring import score_with_brier
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Calls a function with every part and gives the results in the parts' order: here, or on a cluster.
@@ -37,6 +40,9 @@ Done = Callable[[int], None]
 COLUMNS = ("prediction", "confidence", "entropy", "logsumexp", "loss", "correct")
 TOP_K_COLUMNS = ("top_k_indices", "top_k_probabilities")
 TARGET_COLUMNS = ("loss", "correct")
+
+# Chunks under way at a time, each in memory, however many cores there are.
+THREADS = 8
 
 # A fitted temperature lies between 2 to this power and its inverse.
 TEMPERATURES = 10
@@ -104,26 +110,44 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+def beside(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Call a function with every item, in several threads, while the next ones are made here; the results in their order.
+
+    A thread for each chunk is faster than all threads for one: none waits for the others at the end of a chunk.
+    """
+    threads = min(pylogits.get_num_threads(), THREADS)
+    coming: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
 # ---- scores ----
 
 
 def score_chunks(part: Part, options: Options, metrics: Metrics, done: Done) -> Chunks:
     """Score a part's rows, chunk by chunk, and count them."""
     with open_part(part, options) as (logits, targets):
-        for chunk in ahead(logits.chunks(1)):
-            labels = None if targets is None else targets.take(len(chunk))
-            scores = score_rows(part, options, chunk, labels)
-            metrics.add(part.name, scores, chunk, labels, options.temperature)
-            done(len(chunk))
+        rows = ((chunk, None if targets is None else targets.take(len(chunk))) for chunk in logits.chunks(1))
+        for labels, scores, brier in beside(partial(score_rows, part, options), rows):
+            metrics.add(part.name, scores, brier, labels)
+            done(len(scores.prediction))
             yield to_columns(scores, options.columns)
         if targets is not None:
             targets.finish()
 
 
-def score_rows(part: Part, options: Options, logits: Array, targets: Array | None) -> pylogits.Scores:
-    """Score a chunk of a part's rows."""
+def score_rows(
+    part: Part, options: Options, rows: tuple[Array, Array | None]
+) -> tuple[Array | None, pylogits.Scores, Array | None]:
+    """Score a chunk of a part's rows in this thread: the targets, the scores and the Brier scores."""
+    logits, targets = rows
     try:
-        return pylogits.score(logits, targets, top_k=options.top_k, temperature=options.temperature)
+        return targets, *score_with_brier(logits, targets, -1, options.top_k, options.temperature, threads=1)
     except (TypeError, ValueError) as error:
         raise FileError(part.logits, error) from None
 
@@ -247,7 +271,7 @@ def survey(parts: list[Part], options: Options) -> Survey:
             if classes and logits.shape[-1] != classes:
                 raise FileError(part.logits, f"{logits.shape[-1]} classes, but {classes} in the files before it")
             classes = logits.shape[-1]
-            score_rows(part, options, np.empty((0, classes), logits.dtype), None)
+            score_rows(part, options, (np.empty((0, classes), logits.dtype), None))
             if part.logits == STANDARD_INPUT:
                 return Survey(classes, None, logits.row_bytes)
             rows += math.prod(logits.shape[:-1])
