@@ -128,10 +128,8 @@ def score_with_brier(
         module, usual = _rows.backend("score", array, dtype, (number,))
 
         def kernel(logits: Any, *arrays: Any) -> Any:
-            if targets is None:
-                return module.score(logits, None, temperature, Scores(*arrays, None, None), threads or usual)
-            labels, scores, others = arrays[0], Scores(*arrays[1:9]), arrays[9:]
-            return module.score(logits, labels, temperature, scores, threads or usual, *others)
+            labels, arrays = (arrays[0], arrays[1:]) if targets is not None else (None, (*arrays, None, None))
+            return module.score(logits, labels, temperature, Scores(*arrays[:8]), threads or usual, *arrays[8:])
 
         _rows.run(
             kernel,

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -110,20 +111,33 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def beside(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Call a function with every item, in several threads, while the next ones are made here; the results in their order.
+def beside(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
+    """Make items and call a function with each, in several threads; the results in the items' order.
 
-    A thread for each chunk is faster than all threads for one: none waits for the others at the end of a chunk.
+    One item is made at a time, by the thread that then works on it: so it is in the cache of its core, and no thread waits for
+    another at the end of an item, as those that share one do.
     """
     threads = min(pylogits.get_num_threads(), THREADS)
-    coming: deque[Future[T]] = deque()
+
+    def call(before: Event, made: Event) -> tuple[T] | None:
+        before.wait()
+        try:
+            item = next(items, None)
+        finally:
+            made.set()
+        return None if item is None else (function(item),)
+
     with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            coming.append(pool.submit(function, item))
-            if len(coming) > threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+        made = Event()
+        made.set()
+        coming: deque[Future[tuple[T] | None]] = deque()
+        while True:
+            while len(coming) <= threads:
+                before, made = made, Event()
+                coming.append(pool.submit(call, before, made))
+            if (result := coming.popleft().result()) is None:
+                return
+            yield result[0]
 
 
 # ---- scores ----

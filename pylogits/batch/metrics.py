@@ -23,6 +23,14 @@ WORST = 20
 PAIRS = 2**18
 
 
+def count_in(counts: Array, numbers: Array) -> None:
+    """Add how often each number is there: a bincount, which makes an array of its own, unless that were the larger part."""
+    if len(numbers) < len(counts):
+        np.add.at(counts, numbers, 1)
+    else:
+        counts += np.bincount(numbers, minlength=len(counts))
+
+
 class Metrics:
     """Sums over scored rows.
 
@@ -52,14 +60,16 @@ class Metrics:
     def add(self, name: str, scores: pylogits.Scores, brier: Array | None, targets: Array | None) -> None:
         """Count in a chunk of rows of the file `name`, which follow on those counted before; `brier` has a score a row."""
         finite = ~np.isnan(scores.confidence)
+        confidence = scores.confidence if finite.all() else scores.confidence[finite]
         # Bins are open to the left and closed to the right: a confidence of 1 is in the last.
-        bins = np.clip(np.ceil(scores.confidence[finite] * BINS).astype(np.int64) - 1, 0, BINS - 1)
+        bins = np.ceil(confidence * BINS).astype(np.int64) - 1
         self.bin_rows += np.bincount(bins, minlength=BINS)
-        self.bin_confidence += np.bincount(bins, scores.confidence[finite], BINS)
-        self.prediction_rows += np.bincount(scores.prediction, minlength=self.classes)
-        self.nan_rows += int(np.count_nonzero(~finite))
+        self.bin_confidence += np.bincount(bins, confidence, BINS)
+        self.nan_rows += len(finite) - len(bins)
+        count_in(self.prediction_rows, scores.prediction)
         if targets is not None and scores.loss is not None and scores.correct is not None and brier is not None:
-            self.bin_correct += np.bincount(bins[scores.correct[finite]], minlength=BINS)
+            correct = scores.correct if finite.all() else scores.correct[finite]
+            self.bin_correct += np.bincount(bins, correct, BINS).astype(np.int64)
             self._add_targets(name, scores, scores.loss.astype(np.float64), targets.astype(np.int64), scores.correct)
             self.brier += float(brier.sum(dtype=np.float64))
         self.rows += len(scores.prediction)
@@ -71,13 +81,17 @@ class Metrics:
         self.top_k_correct += int((scores.top_k_indices == targets[:, None]).any(axis=1).sum())
         steps = np.minimum(loss[numbers] / LOSS_STEP, LOSS_BINS - 1).astype(np.int64)
         self.loss_rows += np.bincount(steps, minlength=LOSS_BINS)
-        self.target_rows += np.bincount(targets, minlength=self.classes)
-        self.correct_rows += np.bincount(targets[correct], minlength=self.classes)
+        count_in(self.target_rows, targets)
+        count_in(self.correct_rows, targets[correct])
         pairs, rows = np.unique((targets * self.classes + scores.prediction)[~correct], return_counts=True)
         self._add_pairs(dict(zip(pairs.tolist(), rows.tolist(), strict=True)))
         # The chunk's largest, and of equal ones the first; sorting all of them would take most of the time.
-        least = np.partition(loss[numbers], -WORST)[-WORST] if len(numbers) > WORST else -np.inf
-        candidates = numbers[loss[numbers] >= least]
+        candidates = numbers
+        if len(self.worst) == WORST:
+            candidates = np.flatnonzero(loss > self.worst[-1][0])
+        if len(candidates) > WORST:
+            least = np.partition(loss[candidates], -WORST)[-WORST]
+            candidates = candidates[loss[candidates] >= least]
         candidates = candidates[np.argsort(-loss[candidates], kind="stable")[:WORST]]
         self._add_worst(
             (float(loss[i]), name, self.rows + int(i), int(targets[i]), int(scores.prediction[i]), float(scores.confidence[i]))

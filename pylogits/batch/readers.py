@@ -551,7 +551,7 @@ class Targets:
                 parts.append(next(self._chunks))
             except StopIteration:
                 raise FileError(self.source.path, "has fewer targets than there are rows of logits") from None
-        taken = np.concatenate(parts)
+        taken = np.concatenate(parts) if len(parts) > 1 else self._rest
         self._rest = taken[count:]
         return taken[:count]
 
