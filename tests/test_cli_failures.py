@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from command import COMMAND, refused, run
 
-import pylogits
-from pylogits.batch import readers
+from pylogits.batch import job, readers
 
 FORMATS = ("parquet", "npz")
 pytestmark = pytest.mark.usefixtures("folder")
@@ -314,9 +313,10 @@ def test_cut_short_by_another_process(suffix):
 
 @pytest.fixture
 def when_scored(monkeypatch):
-    """Do something after the first chunk of two rows has been scored."""
+    """Do something after the first chunk of two rows has been scored, and before the next one is read."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
-    whole_score = pylogits.score
+    monkeypatch.setattr(job, "THREADS", 1)
+    whole_score = job.score_with_brier
 
     def prepare(action):
         actions = [action]
@@ -327,7 +327,7 @@ def when_scored(monkeypatch):
                 actions.pop()()
             return scores
 
-        monkeypatch.setattr(pylogits, "score", score)
+        monkeypatch.setattr(job, "score_with_brier", score)
 
     return prepare
 
