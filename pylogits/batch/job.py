@@ -22,6 +22,7 @@ from pylogits.batch.readers import (
     FileError,
     Source,
     Targets,
+    ahead,
     open_logits,
     open_source,
     standard_input,
@@ -100,15 +101,6 @@ def open_part(part: Part, options: Options) -> Iterator[tuple[Source, Targets | 
             source = stack.enter_context(open_source(part.targets, options.targets_name, "targets"))
             targets = Targets(source, logits)
         yield logits, targets
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Make each item in another thread, while the one before it is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def beside(function: Callable[[S], T], items: Iterator[S]) -> Iterator[T]:
@@ -202,7 +194,7 @@ def score_part(part: Part, options: Options, resume: bool, done: Done = nothing)
     # The record is there only while it is of the scores that are.
     part.record.unlink(missing_ok=True)
     metrics = Metrics(options.classes)
-    write(part.out, ahead(score_chunks(part, options, metrics, done)))
+    write(part.out, score_chunks(part, options, metrics, done))
     with replacing(part.record) as file:
         file.write(json.dumps({"of": identity, "metrics": metrics.to_json()}).encode())
     return metrics
@@ -259,7 +251,7 @@ def score_into(out: Path, parts: list[Part], options: Options, done: Done) -> Me
             yield from score_chunks(part, options, metrics, done)
             total.merge(metrics)
 
-    write(out, ahead(chunks()))
+    write(out, chunks())
     return total
 
 

@@ -11,12 +11,13 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Block = tuple[slice, ...]
+T = TypeVar("T")
 
 # Large enough that the work outweighs the loop around it, small enough to stay near the cache.
 CHUNK_BYTES = 8 * 2**20
@@ -65,6 +67,15 @@ class FileError(Exception):
     def __str__(self) -> str:
         text = ": ".join(self.args)
         return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Make each item in another thread, while the one before it is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from numpy.lib import format as npy
 
-from pylogits.batch.readers import Array, FileError
+from pylogits.batch.readers import Array, FileError, ahead
 
 Columns = dict[str, Array]
 Chunks = Iterator[Columns]
@@ -42,11 +42,13 @@ def groups(chunks: Chunks) -> Iterator[Any]:
     import pyarrow as pa
 
     group: list[Any] = []
+    size = 0
     for batch in batches(chunks):
         group.append(batch)
-        if sum(part.nbytes for part in group) >= GROUP_BYTES:
+        size += batch.nbytes
+        if size >= GROUP_BYTES:
             yield pa.Table.from_batches(group)
-            group = []
+            group, size = [], 0
     if group:
         yield pa.Table.from_batches(group)
 
@@ -56,7 +58,7 @@ def write_tables(chunks: Chunks, open_writer: Callable[[Any], Any]) -> None:
     tables = groups(chunks)
     first = next(tables)
     with open_writer(first.schema) as writer:
-        for table in chain([first], tables):
+        for table in ahead(chain([first], tables)):
             writer.write_table(table)
 
 
