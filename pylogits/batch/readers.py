@@ -31,6 +31,9 @@ T = TypeVar("T")
 # Large enough that the work outweighs the loop around it, small enough to stay near the cache.
 CHUNK_BYTES = 8 * 2**20
 
+# Of few classes: their scores are larger than their logits.
+CHUNK_ROWS = 2**17
+
 # Below this, the bytes of a read cost less than its call.
 READ_BYTES = 64 * 2**10
 
@@ -101,6 +104,11 @@ class Source(ABC):
         """Read chunks of whole rows, at least one chunk: all axes are rows but the last, if `inner` is 1, which stays."""
 
 
+def rows_of_chunk(row_bytes: int) -> int:
+    """Return how many rows of a size make a chunk."""
+    return max(min(CHUNK_BYTES // row_bytes, CHUNK_ROWS), 1)
+
+
 # ---- arrays of which any part can be read ----
 
 
@@ -112,10 +120,10 @@ class BlockSource(Source):
         """Read a part, which is given by slices of the first axes."""
 
     def chunks(self, inner: int) -> Iterator[Array]:
-        """Read chunks of about CHUNK_BYTES."""
+        """Read chunks of at most CHUNK_BYTES and CHUNK_ROWS, or of a row."""
         rows = self.shape[: len(self.shape) - inner]
         kept = self.shape[len(rows) :]
-        limit = max(CHUNK_BYTES // (self.dtype.itemsize * math.prod(kept)), 1)
+        limit = rows_of_chunk(self.dtype.itemsize * math.prod(kept))
         for block in blocks(rows, limit):
             yield self.read(block).reshape(-1, *kept)
 
@@ -429,8 +437,8 @@ class RawStream(Source):
     file: IO[bytes]
 
     def chunks(self, inner: int) -> Iterator[Array]:
-        """Read chunks of about CHUNK_BYTES, to the end of the stream."""
-        rows = max(CHUNK_BYTES // self.row_bytes, 1)
+        """Read chunks of at most CHUNK_BYTES and CHUNK_ROWS, or of a row, to the end of the stream."""
+        rows = rows_of_chunk(self.row_bytes)
         row, size = 0, -1
         while size:
             buffer = np.empty((rows, *self.shape[1:]), self.dtype)

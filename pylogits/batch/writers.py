@@ -19,7 +19,7 @@ Columns = dict[str, Array]
 Chunks = Iterator[Columns]
 
 # Of a Parquet row group, about: readers take one at a time.
-GROUP_BYTES = 16 * 2**20
+GROUP_BYTES = 8 * 2**20
 
 # Of temporary files, which only a killed run leaves.
 PREFIX, SUFFIX = ".pylogits-", ".tmp"
