@@ -298,6 +298,7 @@ static void decode_scores(struct input *in, struct plan *plan)
   plan->labels = labels_of(in, task, 1);
   task->loss = scores(real, task, 1);
   task->correct = scores(BYTE, task, 1);
+  if (take(in, 2)) task->brier = scores(real, task, 1);
 }
 
 /* Where an output that is as large as the logits is wanted: which input it takes the place of. */

@@ -103,7 +103,7 @@ static void run(int operation, int dtype, int64_t classes, bool turned, int opti
     task.prediction = place(INDICES, ROWS * 8);
     task.top_k_indices = place(TOP_INDICES, ROWS * task.picks * 8);
     task.top_k_probabilities = place(TOP_NUMBERS, ROWS * task.picks * real_size);
-    task.confidence = task.entropy = task.logsumexp = task.loss = place(NUMBERS, ROWS * real_size);
+    task.confidence = task.entropy = task.logsumexp = task.loss = task.brier = place(NUMBERS, ROWS * real_size);
     task.correct = place(OUT, ROWS);
   } else {
     const bool is_whole = pl_whole(&task) && operation != PL_CROSS_ENTROPY;
