@@ -788,7 +788,7 @@ INLINE bool FN(any_above)(const REAL *x, int n, REAL least)
   return any;
 }
 
-/* The first of n numbers that equals their maximum; none is a NaN. */
+/* The first of n numbers that equals their maximum; none is a NaN. (0 where it is gone: another thread may write to them.) */
 static int64_t FN(first_maximum)(const REAL *x, int64_t n, REAL max)
 {
   const VEC top = FN(vec_fill)(max);
@@ -797,8 +797,8 @@ static int64_t FN(first_maximum)(const REAL *x, int64_t n, REAL max)
     EACH_VEC(v) found += FN(vec_count_equal)(FN(group_maximum)(x + c + v), top);
     if (found) break;
   }
-  while (x[c] != max) c++;
-  return c;
+  while (c < n && x[c] != max) c++;
+  return c < n ? c : 0;
 }
 
 /* Most groups have none, and of the lines of another one most have none. */
