@@ -25,6 +25,7 @@
 #define BLOCK_BYTES 16384
 #define TILE 2048         /* classes in a tile at most, that is 128 KiB; twice that holds a block of LANES rows */
 #define TILES 8           /* that go through the steps together */
+#define TILE_PICKS 8      /* largest logits of each row at most, in tiles of up to a group of classes: beyond, rows take less */
 #define BATCH_BYTES 16384 /* of rows that go through the steps together, so that they are still in the first-level cache */
 /* Outputs from this size on bypass the caches: more than a core's own cache, less than most shared ones. */
 #define STREAM_BYTES (32 << 20)

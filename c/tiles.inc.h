@@ -372,7 +372,7 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
 
 /* ---- scores ---- */
 
-/* The class of each row's largest logit, and the logit: as keep_largest has it of one. */
+/* Each row's largest logit, and its class: as keep_largest has them. */
 static void FN(largest_of_tile)(const REAL *x, int64_t classes, REAL *top_x, int32_t *top_index)
 {
   for (int l = 0; l < LANES; l++) {
@@ -385,6 +385,35 @@ static void FN(largest_of_tile)(const REAL *x, int64_t classes, REAL *top_x, int
       const bool above = FN(above)(logit, top_x[l]);
       top_x[l] = above ? logit : top_x[l];
       top_index[l] = above ? c : top_index[l];
+    }
+  }
+}
+
+/* Each row's k largest. For one this takes twice the time of the above. */
+static void FN(top_of_tile)(const REAL *x, int64_t classes, int64_t k, REAL (*top_x)[LANES], int32_t (*top_index)[LANES])
+{
+  for (int32_t c = 0; c < classes; c++) {
+    REAL logit[LANES];
+    int32_t index[LANES], moved[LANES] = {0}; /* whether its place is taken, and the one before it moves on */
+    for (int l = 0; l < LANES; l++) {
+      logit[l] = x[c * LANES + l];
+      index[l] = c;
+    }
+    for (int64_t i = 0; i < k && i < c; i++) {
+      for (int l = 0; l < LANES; l++) {
+        const REAL other = top_x[i][l];
+        const int32_t other_index = top_index[i][l];
+        const bool above = moved[l] | FN(above)(logit[l], other);
+        top_x[i][l] = above ? logit[l] : other;
+        top_index[i][l] = above ? index[l] : other_index;
+        logit[l] = above ? other : logit[l];
+        index[l] = above ? other_index : index[l];
+        moved[l] = above;
+      }
+    }
+    if (c < k) {
+      memcpy(top_x[c], logit, sizeof logit);
+      memcpy(top_index[c], index, sizeof index);
     }
   }
 }
@@ -426,33 +455,51 @@ static inline void FN(put_rows)(void *array, const struct FN(tile) * tile, const
   memcpy((REAL *)array + tile->r, numbers, (size_t)tile->rows * sizeof(REAL));
 }
 
-/* As score_row, for the largest logit alone. Its term is that of 0, or of no number. */
+INLINE void FN(write_top)(const struct pl_task *task, const struct FN(tile) * tile, struct FN(temperature) t, int64_t k,
+                          REAL (*top_x)[LANES], int32_t (*top_index)[LANES])
+{
+  REAL p[LANES];
+  for (int64_t i = 0; i < k; i++) {
+    FN(term_of_each)(top_x[i], tile->max, t, p);
+    for (int l = 0; l < LANES; l++) p[l] = FN(probability)(p[l], FN(closing_of)(&tile->f, l));
+    if (i == 0) FN(put_rows)(task->confidence, tile, p);
+    for (int64_t l = 0; l < tile->rows; l++) {
+      ((REAL *)task->top_k_probabilities)[(tile->r + l) * k + i] = p[l];
+      task->top_k_indices[(tile->r + l) * k + i] = top_index[i][l];
+    }
+  }
+  for (int64_t l = 0; l < tile->rows; l++) task->prediction[tile->r + l] = top_index[0][l];
+}
+
+/* As score_row. */
 static int64_t FN(write_score_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
-  REAL top_x[LANES], dot[LANES], squares[LANES], logsumexp[LANES], entropy[LANES], confidence[LANES];
+  REAL top_x[TILE_PICKS][LANES], dot[LANES], squares[LANES], logsumexp[LANES], entropy[LANES];
   REAL picked[LANES], terms[LANES], loss[LANES], brier[LANES];
-  int32_t top_index[LANES];
+  int32_t top_index[TILE_PICKS][LANES] = {{0}};
   int64_t bad = -1;
-  FN(largest_of_tile)(tile->x, task->classes, top_x, top_index);
+  if (task->picks == 1) {
+    FN(largest_of_tile)(tile->x, task->classes, top_x[0], top_index[0]);
+    FN(write_top)(task, tile, t, 1, top_x, top_index);
+  } else {
+    FN(top_of_tile)(tile->x, task->classes, task->picks, top_x, top_index);
+    FN(write_top)(task, tile, t, task->picks, top_x, top_index);
+  }
   FN(sum_score_tile)(tile, task->classes, t.inverse, dot, task->brier ? squares : NULL);
   for (int l = 0; l < LANES; l++) {
     const struct FN(closing) f = FN(closing_of)(&tile->f, l);
     logsumexp[l] = FN(log_sum)(tile->max[l], tile->sum[l], f, t);
     entropy[l] = f.log1p + dot[l] * (f.reciprocal * EXP_SCALE);
-    confidence[l] = FN(probability)(EXP_SCALE + (top_x[l] - top_x[l]), f);
   }
   FN(put_rows)(task->logsumexp, tile, logsumexp);
   FN(put_rows)(task->entropy, tile, entropy);
-  FN(put_rows)(task->confidence, tile, confidence);
-  FN(put_rows)(task->top_k_probabilities, tile, confidence);
-  for (int64_t l = 0; l < tile->rows; l++) task->prediction[tile->r + l] = task->top_k_indices[tile->r + l] = top_index[l];
   if (!task->labels.data) return -1;
   for (int64_t l = 0; l < LANES; l++) {
     const int64_t label = l < tile->rows ? FN(label)(task, tile->r + l, 0) : 0;
     const bool inside = label >= 0 && label < task->classes;
     picked[l] = inside ? tile->x[label * LANES + l] : NAN;
     if (!inside && bad == -1) bad = FN(flat_label)(task, tile->r + l, 0);
-    if (l < tile->rows) task->correct[tile->r + l] = label == top_index[l];
+    if (l < tile->rows) task->correct[tile->r + l] = label == task->prediction[tile->r + l];
   }
   for (int l = 0; l < LANES; l++) loss[l] = 0 - FN(log_probability)(picked[l], tile->max[l], FN(closing_of)(&tile->f, l), t);
   FN(put_rows)(task->loss, tile, loss);
