@@ -455,12 +455,17 @@ static inline void FN(put_rows)(void *array, const struct FN(tile) * tile, const
   memcpy((REAL *)array + tile->r, numbers, (size_t)tile->rows * sizeof(REAL));
 }
 
+/* The term of the largest is that of 0, or of no number. */
 INLINE void FN(write_top)(const struct pl_task *task, const struct FN(tile) * tile, struct FN(temperature) t, int64_t k,
                           REAL (*top_x)[LANES], int32_t (*top_index)[LANES])
 {
   REAL p[LANES];
   for (int64_t i = 0; i < k; i++) {
-    FN(term_of_each)(top_x[i], tile->max, t, p);
+    if (i > 0) {
+      FN(term_of_each)(top_x[i], tile->max, t, p);
+    } else {
+      for (int l = 0; l < LANES; l++) p[l] = EXP_SCALE + (top_x[0][l] - top_x[0][l]);
+    }
     for (int l = 0; l < LANES; l++) p[l] = FN(probability)(p[l], FN(closing_of)(&tile->f, l));
     if (i == 0) FN(put_rows)(task->confidence, tile, p);
     for (int64_t l = 0; l < tile->rows; l++) {

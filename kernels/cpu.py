@@ -1130,7 +1130,7 @@ def square(x, e, maximum):
 
 @inlined
 def add_group_of_score(dots, squares, maximum, t, x, e):
-    """The two sums of sum_scores, of one group more; and how many lanes are the maximum."""
+    """The two sums of sum_scores, of one group more."""
     a, b = entropy_term(x[0], e[0], maximum, t), entropy_term(x[1], e[1], maximum, t)
     c, d = entropy_term(x[2], e[2], maximum, t), entropy_term(x[3], e[3], maximum, t)
     dots = add_line(dots, (a + b) + (c + d))

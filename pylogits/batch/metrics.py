@@ -61,7 +61,8 @@ class Metrics:
     def add(self, name: str, scores: pylogits.Scores, brier: Array | None, targets: Array | None) -> None:
         """Count in a chunk of rows of the file `name`, which follow on those counted before; `brier` has a score a row."""
         finite = ~np.isnan(scores.confidence)
-        confidence = scores.confidence if finite.all() else scores.confidence[finite]
+        kept = slice(None) if finite.all() else finite
+        confidence = scores.confidence[kept]
         # Bins are open to the left and closed to the right: a confidence of 1 is in the last.
         bins = np.minimum(np.ceil(confidence * BINS), BINS).astype(np.int64) - 1
         self.bin_rows += np.bincount(bins, minlength=BINS)
@@ -70,8 +71,7 @@ class Metrics:
         predicted, rows = tally(scores.prediction, self.classes)
         self.prediction_rows[predicted] += rows
         if targets is not None and scores.loss is not None and scores.correct is not None and brier is not None:
-            correct = scores.correct if finite.all() else scores.correct[finite]
-            self.bin_correct += np.bincount(bins, correct, BINS).astype(np.int64)
+            self.bin_correct += np.bincount(bins, scores.correct[kept], BINS).astype(np.int64)
             self._add_targets(name, scores, scores.loss.astype(np.float64), targets.astype(np.int64))
             self.brier += float(brier.sum(dtype=np.float64))
         self.rows += len(scores.prediction)
