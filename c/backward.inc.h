@@ -11,7 +11,8 @@ INLINE VEC FN(softmax_slope)(VEC p, VEC g, VEC sum, VEC sum_lo)
 INLINE VEC FN(log_softmax_slope)(VEC log_p, VEC g, VEC sum, VEC sum_lo)
 {
   const VEC zero = FN(vec_fill)(0), unscale = FN(vec_fill)(-1 / EXP_SCALE);
-  const VEC p = FN(exp_scaled)(log_p, log_p, NULL, zero, zero);
+  const VEC at = log_p - FN(vec_fill)(EXP_CENTER);
+  const VEC p = FN(vec_unless_below)(FN(exp_scaled)(at, log_p, zero, zero, true), at, FN(vec_fill)(EXP_LOWEST));
   return FN(vec_fma)(p, sum * unscale, FN(vec_fma)(p, sum_lo * unscale, g));
 }
 

@@ -58,33 +58,38 @@ static inline REAL FN(exponent)(REAL x, REAL m, REAL inverse_hi, REAL inverse_lo
   return hi;
 }
 
-/* exp(r) = 1 + r + r^2 q(r): the q of kernel.c. */
-static inline VEC FN(exp_tail)(VEC r)
+/* exp(r) = 1 + r + r^2 q(r): the q of kernel.c, by pairs of coefficients (Estrin), as one after the other took longer. */
+INLINE VEC FN(exp_tail)(VEC r, VEC square)
 {
-  VEC q = FN(vec_fill)(FN(exp_coefficients)[0]);
-  for (int i = 1; i < EXP_TERMS; i++) q = FN(vec_fma)(q, r, FN(vec_fill)(FN(exp_coefficients)[i]));
+  const REAL *c = FN(exp_coefficients);
+  const int odd = EXP_TERMS % 2;
+  VEC q = odd ? FN(vec_fill)(c[0]) : FN(vec_fma)(FN(vec_fill)(c[0]), r, FN(vec_fill)(c[1]));
+  for (int i = 2 - odd; i < EXP_TERMS; i += 2)
+    q = FN(vec_fma)(q, square, FN(vec_fma)(FN(vec_fill)(c[i]), r, FN(vec_fill)(c[i + 1])));
   return q;
 }
 
-/* exp(a c + b + lo) * EXP_SCALE, where a c + b + lo is near hi <= 0 (c is 1 where it is NULL); exactly 0 for hi below
- * EXP_LOWEST. That is far below the smallest number of this type: terms that vanish one by one may count together.
+/* exp(a + b + lo) * EXP_SCALE. `at` is near a + b + lo - EXP_CENTER, and not below EXP_LOWEST, where the result is exactly 0:
+ * far below the smallest number of this type, as terms that vanish one by one may count together.
  *
- * k = hi / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
- * to the exponent. a c and b are apart so that a c + (b - k ln 2) is exact, or its error too small to matter.
+ * k = at / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
+ * to the exponent. It leaves r = a + b + lo - k ln 2 in [log(3/4), log(3/2)], where exp(r) - 1 is below 1/4 or below 1/2 (of a
+ * result above 1): rounding it is an eighth of an ulp. a and b are apart as a + (b - k ln 2) is exact but for an |a| below 1/4;
+ * then its error, up to 0.19 ulp, is left, or with `careful` kept.
  *
  * EXP_SCALE keeps every result normal, so that sums of tiny terms stay exact and a probability is rounded once, when it
- * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN: it is not below anything. */
-INLINE VEC FN(exp_scaled)(VEC hi, VEC a, const VEC *c, VEC b, VEC lo)
+ * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN. */
+INLINE VEC FN(exp_scaled)(VEC at, VEC a, VEC b, VEC lo, bool careful)
 {
-  const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
-  const VEC shifted = FN(vec_fma)(hi, FN(vec_fill)(LOG2_E), shift);
-  const VEC k = shifted - shift;
-  const VEC high = FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b), low = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo);
-  VEC r = a + high;
-  if (c) r = FN(vec_fma)(a, *c, high);
-  r = r + low;
-  const VEC value = FN(vec_fma)(FN(vec_fma)(FN(exp_tail)(r), r, one), r, one) * FN(vec_scale)(shifted);
-  return FN(vec_unless_below)(value, hi, FN(vec_fill)(EXP_LOWEST));
+  const VEC shift = FN(vec_fill)(ROUND_SHIFT);
+  const VEC shifted = FN(vec_fma)(at, FN(vec_fill)(LOG2_E), shift);
+  const VEC k = shifted - shift, scale = FN(vec_scale)(shifted);
+  const VEC rest = FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b), high = a + rest;
+  const VEC low = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo), r = high + low;
+  const VEC square = r * r, q = FN(exp_tail)(r, square);
+  VEC less_one = FN(vec_fma)(q, square, r);
+  if (careful) less_one = high + FN(vec_fma)(q, square, low + (a - (high - rest)));
+  return FN(vec_fma)(less_one, scale, scale);
 }
 
 /* exp(hi + lo) * EXP_SCALE as a pair, for the few factors that join the blocks of a long row. */
@@ -95,14 +100,15 @@ static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
     *result_lo = 0;
     return 0;
   }
-  const REAL shifted = FMA(hi, LOG2_E, ROUND_SHIFT);
+  const REAL shifted = FMA(hi - EXP_CENTER, LOG2_E, ROUND_SHIFT);
   const REAL k = shifted - ROUND_SHIFT;
   const REAL scale = FN(bits_to_real)(FN(real_to_bits)(shifted) << MANTISSA_BITS);
-  const REAL r = FMA(k, -LN2_HI, hi) + FMA(k, -LN2_LO, lo);
-  REAL q = FN(exp_coefficients)[0];
-  for (int i = 1; i < EXP_TERMS; i++) q = FMA(q, r, FN(exp_coefficients)[i]);
-  const REAL square = q * (r * r);
-  const REAL s = FN(two_sum)(r, square, &r_lo);
+  const REAL r = FMA(k, -LN2_HI, hi) + FMA(k, -LN2_LO, lo), square = r * r;
+  const REAL *c = FN(exp_coefficients);
+  const int odd = EXP_TERMS % 2;
+  REAL q = odd ? c[0] : FMA(c[0], r, c[1]);
+  for (int i = 2 - odd; i < EXP_TERMS; i += 2) q = FMA(q, square, FMA(c[i], r, c[i + 1]));
+  const REAL s = FN(two_sum)(r, q * square, &r_lo);
   const REAL sum = FN(fast_two_sum)(1, s, &sum_lo);
   *result_lo = (sum_lo + r_lo) * scale;
   return sum * scale;
@@ -113,10 +119,10 @@ static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
 INLINE VEC FN(tanh)(VEC v, VEC *slope)
 {
   const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
-  const VEC shifted = FN(vec_fma)(v, FN(vec_fill)(LOG2_E), shift);
+  const VEC shifted = FN(vec_fma)(v - FN(vec_fill)(EXP_CENTER), FN(vec_fill)(LOG2_E), shift);
   const VEC k = shifted - shift, scale = FN(vec_scale)(shifted) * FN(vec_fill)(1 / EXP_SCALE);
-  const VEC r = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), v));
-  const VEC p = FN(vec_fma)(FN(exp_tail)(r), r * r, r);
+  const VEC r = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), v)), square = r * r;
+  const VEC p = FN(vec_fma)(FN(exp_tail)(r, square), square, r);
   const VEC m = FN(vec_fma)(scale, p, scale - one), z = FN(vec_fma)(scale, p, scale);
   *slope = (FN(vec_fill)(4) * z) / ((one + z) * (one + z));
   return -m / (FN(vec_fill)(2) + m);

@@ -342,8 +342,9 @@ static REAL FN(maximum)(const REAL *x, int64_t n)
  * but for an error far below that of the exponential, as long as |max| / temperature < FAR; from there on x - max itself is
  * exact where the exponential is not 0 (Sterbenz), and the rows are moved so that their maximum is 0. */
 struct FN(origin) {
-  VEC max, scaled; /* max / temperature, rounded */
-  VEC hi, lo;
+  VEC max, hi, lo;
+  VEC lowest;              /* at temperature 1, where exp((x - max) / temperature) is 0 */
+  VEC center;              /* max / temperature + EXP_CENTER, rounded */
   VEC inverse, inverse_lo; /* 1 / temperature as a pair */
   bool plain;              /* temperature 1 */
 };
@@ -351,13 +352,14 @@ struct FN(origin) {
 INLINE struct FN(origin) FN(origin_at)(VEC max, struct FN(temperature) t)
 {
   struct FN(origin) o;
-  const VEC grid = FN(vec_fill)(GRID);
+  const VEC grid = FN(vec_fill)(GRID), scaled = max * FN(vec_fill)(t.inverse);
   o.max = max;
+  o.lowest = max + FN(vec_fill)(EXP_LOWEST);
+  o.center = scaled + FN(vec_fill)(EXP_CENTER);
   o.inverse = FN(vec_fill)(t.inverse);
   o.inverse_lo = FN(vec_fill)(t.inverse_lo);
-  o.scaled = max * o.inverse;
-  o.hi = (o.scaled + grid) - grid;
-  o.lo = (o.scaled - o.hi) + FN(vec_fma)(max, o.inverse_lo, FN(vec_fma)(max, o.inverse, -o.scaled));
+  o.hi = (scaled + grid) - grid;
+  o.lo = (scaled - o.hi) + FN(vec_fma)(max, o.inverse_lo, FN(vec_fma)(max, o.inverse, -scaled));
   o.plain = FN(is_plain)(t);
   return o;
 }
@@ -371,9 +373,13 @@ static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 /* exp((x - max) / temperature) * EXP_SCALE */
 INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
 {
-  if (o->plain) return FN(exp_scaled)(x - o->max, x, NULL, -o->hi, -o->lo);
-  const VEC exponent = FN(vec_fma)(x, o->inverse, -o->scaled), lo = FN(vec_fma)(x, o->inverse_lo, -o->lo);
-  return FN(exp_scaled)(exponent, x, &o->inverse, -o->hi, lo);
+  if (o->plain) {
+    x = FN(vec_larger)(o->lowest, x); /* the second, where it is a NaN */
+    return FN(exp_scaled)(x - o->center, x, -o->hi, -o->lo, false);
+  }
+  const VEC scaled = x * o->inverse, at = scaled - o->center;
+  const VEC lo = FN(vec_fma)(x, o->inverse, -scaled) + FN(vec_fma)(x, o->inverse_lo, -o->lo);
+  return FN(vec_unless_below)(FN(exp_scaled)(at, scaled, -o->hi, lo, true), at, FN(vec_fill)(EXP_LOWEST));
 }
 
 static REAL FN(term)(REAL x, REAL max, struct FN(temperature) t)

@@ -48,12 +48,12 @@ ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half forty infinity nan most lanes block exp_lowest exp_scale grid far round_shift log2_e ln2_hi "
-    "ln2_lo exp_tail atanh_tail",
+    "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest grid far round_shift log2_e "
+    "ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
-def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tail, atanh_terms):
+def _constants(real, exp_scale, exp_lowest, grid, far, round_shift, ln2, exp_tail, atanh_terms):
     def number(text):
         return real(float.fromhex(text))
 
@@ -68,8 +68,9 @@ def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tai
         most=np.finfo(real).max,
         lanes=LINE_BYTES // np.dtype(real).itemsize,
         block=BLOCK_BYTES // np.dtype(real).itemsize,
-        exp_lowest=real(exp_lowest),
         exp_scale=real(exp_scale),
+        exp_center=real(0.0588915),
+        exp_lowest=real(exp_lowest),
         grid=real(grid),
         far=real(far),
         round_shift=real(round_shift),
@@ -83,27 +84,26 @@ def _constants(real, exp_lowest, exp_scale, grid, far, round_shift, ln2, exp_tai
 
 _F32 = _constants(
     np.float32,
-    exp_lowest=-131,
     exp_scale=2.0**64,
+    exp_lowest=-132.35,
     grid=1.5 * 2**23 * 2.0**-13,
     far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
     ln2=("0x1.715476p+0", "0x1.62ep-1", "0x1.0bfbe8p-15"),
-    exp_tail="0x1.6d1606p-10 0x1.12106cp-7 0x1.555516p-5 0x1.5554d8p-3 0.8p0",
+    exp_tail="0x1.7ba62p-10 0x1.11f8cp-7 0x1.554b7ep-5 0x1.5554cap-3 0.8p0",
     atanh_terms=5,
 )
 
 _F64 = _constants(
     np.float64,
-    exp_lowest=-1063,
     exp_scale=2.0**512,
+    exp_lowest=-1063.9,
     grid=1.5 * 2**52 * 2.0**-33,
     far=4096,
     round_shift=1.5 * 2**52 + 1023 + 512,
     ln2=("0x1.71547652b82fep+0", "0x1.62e42ffp-1", "-0x1.718432a1b0e26p-35"),
-    exp_tail="0x1.1f75aba0b1e2ep-29 0x1.af52906239de4p-26 0x1.27e4da1a3bf04p-22 "
-    "0x1.71ddffef9e7b1p-19 0x1.a01a01a741b3cp-16 0x1.a01a01aca0134p-13 0x1.6c16c16c16212p-10 "
-    "0x1.111111110ff87p-7 0x1.5555555555556p-5 0x1.5555555555557p-3 0.8p0",
+    exp_tail="0x1.c844a30b39d51p-26 0x1.2836eb1410fa8p-22 0x1.71d2725265220p-19 0x1.a019fbaa5e945p-16 "
+    "0x1.a01a058ece44ap-13 0x1.6c16c1693b9d7p-10 0x1.11111110826ebp-7 0x1.555555555609bp-5 0x1.5555555555715p-3 0.8p0",
     atanh_terms=11,
 )
 
@@ -302,6 +302,22 @@ def polynomial(typingctx, x, coefficients):
         return value
 
     return x(x, coefficients), codegen
+
+
+@intrinsic
+def polynomial_by_pairs(typingctx, x, square, coefficients):
+    """The same by Estrin's rule, `square` being x * x."""
+
+    def codegen(context, builder, signature, args):
+        vector = context.get_value_type(x)
+        c = [_spread(builder, c, vector) for c in cgutils.unpack_tuple(builder, args[2])]
+        odd = len(c) % 2
+        value = c[0] if odd else _fma(builder, c[0], args[0], c[1])
+        for i in range(2 - odd, len(c), 2):
+            value = _fma(builder, value, args[1], _fma(builder, c[i], args[0], c[i + 1]))
+        return value
+
+    return x(x, square, coefficients), codegen
 
 
 @intrinsic
@@ -690,31 +706,30 @@ def exponent(x, maximum, inverse, inverse_lo):
 
 
 @inlined
-def reduce(hi, a, c, b, lo):
-    """r and 2^k EXP_SCALE with a c + b + lo = k ln 2 + r, hi near that."""
-    k = constants(hi)
-    shifted = fma(hi, k.log2_e, k.round_shift)
-    n = shifted - k.round_shift
-    return fma(a, c, fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo), scale_of(shifted)
-
-
-@inlined
-def exp_scaled(hi, a, c, b, lo):
-    """exp(a c + b + lo) * EXP_SCALE, hi near a c + b + lo."""
-    k = constants(hi)
-    r, scale = reduce(hi, a, c, b, lo)
-    value = fma(fma(polynomial(r, k.exp_tail), r, k.one), r, k.one) * scale
-    return select(hi < k.exp_lowest, k.zero, value)
+def exp_scaled(at, a, b, lo, careful):
+    """exp(a + b + lo) * EXP_SCALE, `at` near a + b + lo - EXP_CENTER and not below EXP_LOWEST."""
+    k = constants(at)
+    shifted = fma(at, k.log2_e, k.round_shift)
+    n, scale = shifted - k.round_shift, scale_of(shifted)
+    rest = fma(n, -k.ln2_hi, b)
+    high, low = a + rest, fma(n, -k.ln2_lo, lo)
+    r = high + low
+    square = r * r
+    q = polynomial_by_pairs(r, square, k.exp_tail)
+    if careful:
+        return fma(high + fma(q, square, low + (a - (high - rest))), scale, scale)
+    return fma(fma(q, square, r), scale, scale)
 
 
 @inlined
 def tanh(v):
     """tanh(|x|) and its derivative, from v = -2 |x| in [-40, 0]."""
     k = constants(v)
-    shifted = fma(v, k.log2_e, k.round_shift)
+    shifted = fma(v - k.exp_center, k.log2_e, k.round_shift)
     n, scale = shifted - k.round_shift, scale_of(shifted) * (k.one / k.exp_scale)
     r = fma(n, -k.ln2_lo, fma(n, -k.ln2_hi, v))
-    p = fma(polynomial(r, k.exp_tail), r * r, r)
+    square = r * r
+    p = fma(polynomial_by_pairs(r, square, k.exp_tail), square, r)
     m, z = fma(scale, p, scale - k.one), fma(scale, p, scale)
     return -m / (k.two + m), (k.two * k.two * z) / ((k.one + z) * (k.one + z))
 
@@ -724,9 +739,11 @@ def exp_pair(hi, lo):
     k = constants(hi)
     if hi < k.exp_lowest:
         return k.zero, k.zero
-    r, scale = reduce(hi, hi, k.one, k.zero, lo)
-    square = polynomial(r, k.exp_tail) * (r * r)
-    s, r_lo = two_sum(r, square)
+    shifted = fma(hi - k.exp_center, k.log2_e, k.round_shift)
+    n, scale = shifted - k.round_shift, scale_of(shifted)
+    r = fma(n, -k.ln2_hi, hi) + fma(n, -k.ln2_lo, lo)
+    square = r * r
+    s, r_lo = two_sum(r, polynomial_by_pairs(r, square, k.exp_tail) * square)
     total, total_lo = fast_two_sum(k.one, s)
     return total * scale, (total_lo + r_lo) * scale
 
@@ -809,11 +826,15 @@ def terms(x, maximum, t):
     k = constants(x)
     if t is None:
         high = (maximum + k.grid) - k.grid
-        return exp_scaled(x - maximum, x, k.one, -high, -(maximum - high))
+        x = larger(maximum + k.exp_lowest, x)
+        return exp_scaled(x - (maximum + k.exp_center), x, -high, -(maximum - high), False)
     scaled = maximum * t[0]
     high = (scaled + k.grid) - k.grid
     low = (scaled - high) + fma(maximum, t[1], fma(maximum, t[0], -scaled))
-    return exp_scaled(fma(x, t[0], -scaled), x, t[0], -high, fma(x, t[1], -low))
+    quotient = x * t[0]
+    at = quotient - (scaled + k.exp_center)
+    quotient_lo = fma(x, t[0], -quotient) + fma(x, t[1], -low)
+    return select(at < k.exp_lowest, k.zero, exp_scaled(at, quotient, -high, quotient_lo, True))
 
 
 @helper
@@ -2263,7 +2284,8 @@ def backward_rows(results, grad, log, out, begin, end):
 def slope_of(log, p, g, total):
     k = constants(p)
     if log:
-        p = exp_scaled(p, p, k.one, k.zero, k.zero)
+        at = p - k.exp_center
+        p = select(at < k.exp_lowest, k.zero, exp_scaled(at, p, k.zero, k.zero, True))
         unscale = -k.one / k.exp_scale
         return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
     hi, lo = two_sum(g, -total[0])

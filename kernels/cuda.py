@@ -201,34 +201,37 @@ def exponent(x, maximum, t):
 
 
 @device
-def exp_tail(k, r):
-    q = k.exp_tail[0]
-    for coefficient in k.exp_tail[1:]:
-        q = cuda.fma(q, r, coefficient)
+def exp_tail(k, r, square):
+    odd = len(k.exp_tail) % 2
+    q = k.exp_tail[0] if odd else cuda.fma(k.exp_tail[0], r, k.exp_tail[1])
+    for i in range(2 - odd, len(k.exp_tail), 2):
+        q = cuda.fma(q, square, cuda.fma(k.exp_tail[i], r, k.exp_tail[i + 1]))
     return q
 
 
 @device
 def reduce(k, hi, lo):
-    """r, n and n as `scale_of` wants it, with hi + lo = n ln 2 + r."""
-    shifted = cuda.fma(hi, k.log2_e, k.round_shift)
+    """r, its square, and n as `scale_of` wants it, with hi + lo = n ln 2 + r."""
+    shifted = cuda.fma(hi - k.exp_center, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
-    return cuda.fma(n, -k.ln2_hi, hi) + cuda.fma(n, -k.ln2_lo, lo), n, shifted
+    r = cuda.fma(n, -k.ln2_hi, hi) + cuda.fma(n, -k.ln2_lo, lo)
+    return r, mul(r, r), shifted
 
 
 @device
 def exp_scaled(k, hi, lo):
     """exp(hi + lo) * EXP_SCALE, for hi <= 0."""
-    r, _, shifted = reduce(k, hi, lo)
-    value = cuda.fma(cuda.fma(exp_tail(k, r), r, k.one), r, k.one) * scale_of(shifted)
+    r, square, shifted = reduce(k, hi, lo)
+    scale = scale_of(shifted)
+    value = cuda.fma(cuda.fma(exp_tail(k, r, square), square, r), scale, scale)
     return k.zero if hi < k.exp_lowest else value
 
 
 @device
 def exp_pair(k, hi, lo):
     """exp(hi + lo) as a pair."""
-    r, _, shifted = reduce(k, hi, lo)
-    s, r_lo = two_sum(r, mul(exp_tail(k, r), mul(r, r)))
+    r, square, shifted = reduce(k, hi, lo)
+    s, r_lo = two_sum(r, mul(exp_tail(k, r, square), square))
     total, total_lo = fast_two_sum(k.one, s)
     scale = scale_of(shifted) / k.exp_scale
     if hi < k.exp_lowest:
@@ -266,9 +269,9 @@ def log1p_pair(k, hi, lo):
 @device
 def tanh(k, v):
     """tanh(|x|) and its derivative, from v = -2 |x| in [-40, 0]."""
-    r, _, shifted = reduce(k, v, k.zero)
+    r, square, shifted = reduce(k, v, k.zero)
     scale = scale_of(shifted) / k.exp_scale
-    p = cuda.fma(exp_tail(k, r), mul(r, r), r)
+    p = cuda.fma(exp_tail(k, r, square), square, r)
     m, z = cuda.fma(scale, p, scale - k.one), cuda.fma(scale, p, scale)
     return -m / (k.two + m), (k.two * k.two * z) / ((k.one + z) * (k.one + z))
 
