@@ -188,8 +188,8 @@ $(BUILD)/fuzz/%: BUILD_FLAGS := -O0 -g -fsanitize=fuzzer,address,undefined -fno-
 $(BUILD)/fuzz/%: CC := clang
 
 %/scalar.o: ISA_FLAGS := -fno-tree-vectorize
-%/avx2.o: ISA_FLAGS := -mavx2 -mfma -mprfchw
-%/avx512.o: ISA_FLAGS := -mavx2 -mfma -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+%/avx2.o: ISA_FLAGS := -mavx2 -mfma -mf16c -mprfchw
+%/avx512.o: ISA_FLAGS := -mavx2 -mfma -mf16c -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 
 $(BUILD)/neon/%: CC := $(CROSS)-gcc
 

@@ -12,6 +12,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #ifdef __SSE2__
 #include <xmmintrin.h>
 #endif
@@ -30,11 +33,18 @@ static bool always(void)
 }
 
 #ifdef __x86_64__
+/* Conversions from and to float16, of which Clang's detection does not know. */
+static bool has_f16c(void)
+{
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+
 /* GCC's and Clang's detection reads XCR0 as well: an OS that does not save the wide registers counts as no support. */
 static bool has_avx2(void)
 {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 static bool has_avx512(void)

@@ -1,10 +1,14 @@
-/* float16 and bfloat16 as float, in integer arithmetic: the same bits with and without hardware conversions, and loops over
- * them vectorise. */
+/* float16 and bfloat16 as float, in integer arithmetic that vectorises; where there are instructions for many elements of
+ * float16, they give the same bits. */
 
 #ifndef PL_HALF_H
 #define PL_HALF_H
 
 #include <string.h>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "kernel.h"
 
@@ -45,7 +49,7 @@ static inline float pl_from_float16(uint16_t half)
 }
 
 /* Three ranges: normal results round as bfloat16 does; subnormal ones by adding 0.5, whose unit is theirs (2^-24); 65520 and
- * more become infinity. */
+ * more become infinity. A NaN keeps what has room of it, and is quiet. */
 static inline uint16_t pl_to_float16(float value)
 {
   const uint32_t bits = pl_bits_from_float(value);
@@ -54,8 +58,41 @@ static inline uint16_t pl_to_float16(float value)
   const uint32_t subnormal = pl_bits_from_float(pl_float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u | (magnitude >> 13 & 0x1ffu) : half;
   return (uint16_t)(half | (bits >> 16 & 0x8000u));
+}
+
+/* n elements that lie side by side. */
+
+static inline void pl_from_float16s(float *x, const char *p, int64_t n)
+{
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  for (; c + 16 <= n; c += 16) _mm512_storeu_ps(x + c, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p + c * 2))));
+#elif defined(__F16C__)
+  for (; c + 8 <= n; c += 8) _mm256_storeu_ps(x + c, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + c * 2))));
+#endif
+  for (; c < n; c++) {
+    uint16_t half;
+    memcpy(&half, p + c * 2, sizeof half);
+    x[c] = pl_from_float16(half);
+  }
+}
+
+static inline void pl_to_float16s(char *p, const float *x, int64_t n)
+{
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  for (; c + 16 <= n; c += 16)
+    _mm256_storeu_si256((void *)(p + c * 2), _mm512_cvtps_ph(_mm512_loadu_ps(x + c), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (; c + 8 <= n; c += 8)
+    _mm_storeu_si128((void *)(p + c * 2), _mm256_cvtps_ph(_mm256_loadu_ps(x + c), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; c < n; c++) {
+    const uint16_t half = pl_to_float16(x[c]);
+    memcpy(p + c * 2, &half, sizeof half);
+  }
 }
 
 static inline int64_t pl_itemsize(int dtype)

@@ -50,6 +50,33 @@ static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, s
   return FN(rounded)(FN(plus)((struct FN(pair)){hi, lo}, (struct FN(pair)){-f.log1p, -f.log1p_lo}));
 }
 
+/* log_probability at temperature 1, where the products with it drop out: the same bits. */
+INLINE VEC FN(plain_log_probability)(VEC x, VEC max, VEC log1p, VEC log1p_lo)
+{
+  VEC distance_lo, lo;
+  const VEC distance = FN(vec_two_sum)(x, -max, &distance_lo);
+  const VEC hi = FN(vec_two_sum)(distance, -log1p, &lo);
+  lo = lo + (distance_lo - log1p_lo);
+  return hi + FN(vec_unless_below)(lo, hi, FN(vec_fill)(-NUMBER_MAX)); /* a NaN beside -inf */
+}
+
+/* The log-probabilities of a row; x may be `result`. */
+static void FN(write_logs)(const REAL *x, REAL *result, int64_t n, REAL max, struct FN(closing) f, struct FN(temperature) t)
+{
+  const VEC top = FN(vec_fill)(max), log1p = FN(vec_fill)(f.log1p), log1p_lo = FN(vec_fill)(f.log1p_lo);
+  if (!FN(is_plain)(t)) {
+    for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], max, f, t);
+    return;
+  }
+  int64_t c = 0;
+  for (; c + VEC_LANES <= n; c += VEC_LANES)
+    FN(vec_store)(result + c, FN(plain_log_probability)(FN(vec_load)(x + c), top, log1p, log1p_lo));
+  if (c < n) {
+    const VEC rest = FN(vec_load_part)(x + c, n - c, top);
+    FN(vec_store_part)(result + c, n - c, FN(plain_log_probability)(rest, top, log1p, log1p_lo));
+  }
+}
+
 /* max / temperature + log(sum) */
 INLINE struct FN(pair) FN(log_sum_pair)(REAL max, struct FN(closing) f, struct FN(temperature) t)
 {
@@ -270,7 +297,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
     REAL *result = FN(place)(&sink, b, room);
     if (count > 1) x = FN(stage)(task, r, b * BLOCK, n, room, NULL);
     if (log) {
-      for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], row.max, f, t);
+      FN(write_logs)(x, result, n, row.max, f, t);
     } else if (count == 1) {
       FN(scale_terms)(e, result, n, &line);
     } else {
@@ -322,7 +349,7 @@ static bool FN(write_short_rows)(const struct pl_task *task, int64_t r, int64_t 
         const struct FN(line) line = {closing.reciprocal, closing.reciprocal_lo, 0, NULL};
         REAL *out = (REAL *)(void *)((char *)task->out.data + (r + i) * task->out.outer);
         if (log) {
-          for (int64_t c = 0; c < n; c++) out[c] = FN(log_probability)(slots[i].x[c], max[i], closing, t);
+          FN(write_logs)(slots[i].x, out, n, max[i], closing, t);
         } else {
           FN(scale_terms)(slots[i].e, out, n, &line);
         }

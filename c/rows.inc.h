@@ -149,8 +149,8 @@ static void FN(load_many)(REAL *x, const char *p, int64_t stride, int64_t n, int
     for (int64_t c = 0; c < n; c++) x[c] = FN(load)(p + c * stride, PL_FLOAT64);
   } else if (dtype == PL_BFLOAT16 && stride == size) {
     for (int64_t c = 0; c < n; c++) x[c] = FN(load)(p + c * 2, PL_BFLOAT16);
-  } else if (dtype == PL_FLOAT16 && stride == size) {
-    for (int64_t c = 0; c < n; c++) x[c] = FN(load)(p + c * 2, PL_FLOAT16);
+  } else if (dtype == PL_FLOAT16 && stride == size && sizeof(REAL) == sizeof(float)) {
+    pl_from_float16s((float *)(void *)x, p, n); /* never computed in double */
   } else {
     for (int64_t c = 0; c < n; c++) x[c] = FN(load)(p + c * stride, dtype);
   }
@@ -163,8 +163,10 @@ static void FN(store_many)(char *p, const REAL *x, int64_t stride, int64_t n, in
     memcpy(p, x, (size_t)n * sizeof(REAL));
   } else if (dtype == NATIVE_DTYPE) {
     for (int64_t c = 0; c < n; c++) FN(store)(p + c * stride, x[c], NATIVE_DTYPE);
-  } else if (dtype == PL_BFLOAT16) {
-    for (int64_t c = 0; c < n; c++) FN(store)(p + c * stride, x[c], PL_BFLOAT16);
+  } else if (dtype == PL_BFLOAT16 && stride == size) {
+    for (int64_t c = 0; c < n; c++) FN(store)(p + c * 2, x[c], PL_BFLOAT16);
+  } else if (dtype == PL_FLOAT16 && stride == size && sizeof(REAL) == sizeof(float)) {
+    pl_to_float16s(p, (const float *)(const void *)x, n);
   } else {
     for (int64_t c = 0; c < n; c++) FN(store)(p + c * stride, x[c], dtype);
   }

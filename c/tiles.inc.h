@@ -334,6 +334,23 @@ static void FN(scale_tile)(REAL *x, int64_t classes, const struct FN(closings) *
   }
 }
 
+/* From logits to log-probabilities: as `log_probability`. */
+static void FN(log_tile)(REAL *x, int64_t classes, const REAL *max, const struct FN(closings) * f, struct FN(temperature) t)
+{
+  if (!FN(is_plain)(t)) {
+    const struct FN(closings) closings = *f; /* which writing to x plainly leaves as it is: else GCC has a scalar loop */
+    for (REAL *at = x; at < x + classes * LANES; at += LANES)
+      for (int l = 0; l < LANES; l++) at[l] = FN(log_probability)(at[l], max[l], FN(closing_of)(&closings, l), t);
+    return;
+  }
+  EACH_VEC(v)
+  {
+    const VEC top = FN(vec_load)(max + v), log1p = FN(vec_load)(f->log1p + v), log1p_lo = FN(vec_load)(f->log1p_lo + v);
+    for (REAL *at = x + v; at < x + classes * LANES; at += LANES)
+      FN(vec_store)(at, FN(plain_log_probability)(FN(vec_load)(at), top, log1p, log1p_lo));
+  }
+}
+
 /* The results: stored where they are a number a row, left in x where they are as many as the logits. */
 static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
@@ -348,9 +365,7 @@ static int64_t FN(write_tile)(const struct pl_task *task, struct FN(tile) * tile
       FN(mask_tile)(task, r, rows, x, 0);
       return -1;
     case PL_LOG_SOFTMAX:
-      for (int64_t c = 0; c < classes; c++)
-        for (int l = 0; l < LANES; l++)
-          x[c * LANES + l] = FN(log_probability)(x[c * LANES + l], tile->max[l], FN(closing_of)(&tile->f, l), t);
+      FN(log_tile)(x, classes, tile->max, &tile->f, t);
       FN(mask_tile)(task, r, rows, x, -INFINITY);
       return -1;
     case PL_LOGSUMEXP:
@@ -786,19 +801,16 @@ static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * t
 static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
 {
   const bool log = task->operation == PL_LOG_SOFTMAX;
-  const struct FN(closings) f = tile->f; /* a copy, which writing to x plainly leaves as it is: else GCC has a scalar loop */
   REAL *x = tile->x, ones[LANES];
   for (int64_t b = 0; b < FN(block_count)(task); b++) {
     const struct pl_task part = FN(block_task)(task, b);
     FN(load_tile)(&part, &part.logits, part.dtype, tile->r, tile->rows, x);
-    if (!log) {
+    if (log) {
+      FN(log_tile)(x, part.classes, tile->max, &tile->f, t);
+    } else {
       FN(mask_tile)(&part, tile->r, tile->rows, x, -INFINITY);
       FN(plant_tile)(x, part.classes, t, true, tile->max, &tile->tree, ones);
-    }
-    if (!log) FN(scale_tile)(x, part.classes, &f);
-    for (int64_t c = 0; log && c < part.classes; c++) {
-      REAL *line = x + c * LANES;
-      for (int l = 0; l < LANES; l++) line[l] = FN(log_probability)(line[l], tile->max[l], FN(closing_of)(&f, l), t);
+      FN(scale_tile)(x, part.classes, &tile->f);
     }
     FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
     FN(store_tile)(&part, &part.out, part.out_dtype, tile->r, tile->rows, x);
