@@ -91,11 +91,21 @@ static inline REAL FN(log_sum)(REAL max, REAL sum, struct FN(closing) f, struct 
   return FN(rounded)(FN(log_sum_pair)(max, f, t));
 }
 
+/* How far rows are apart, but where `inner` of them end. */
+static inline int64_t FN(step)(const struct pl_task *task, const struct pl_view *view)
+{
+  return task->inner == 1 ? view->outer : view->inner;
+}
+
+static inline bool FN(in_step)(const struct pl_task *task, int64_t r, int64_t rows)
+{
+  return task->inner == 1 || r % task->inner + rows <= task->inner;
+}
+
 /* Whether rows lie side by side, as they do with a class axis that is not the last, and as one number a row does. */
 static inline bool FN(adjacent)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows, int dtype)
 {
-  const int64_t stride = task->inner == 1 ? view->outer : view->inner;
-  return stride == pl_itemsize(dtype) && (task->inner == 1 || r % task->inner + rows <= task->inner);
+  return FN(step)(task, view) == pl_itemsize(dtype) && FN(in_step)(task, r, rows);
 }
 
 /* One result a row. */

@@ -246,18 +246,18 @@ static int64_t FN(count_classes)(const char *where, int64_t stride, int64_t n)
 
 /* VEC_LANES rows x ACROSS classes from and to a tile of LANES rows. */
 
-INLINE void FN(load_block)(REAL *x, char *const *rows, int64_t c)
+INLINE void FN(load_block)(REAL *x, const char *rows, int64_t stride)
 {
   VEC q[ACROSS];
-  FN(vec_load_across)(q, rows, c * (int64_t)sizeof(REAL));
+  FN(vec_load_across)(q, rows, stride);
   for (int i = 0; i < ACROSS; i++) FN(vec_store)(x + i * LANES, q[i]);
 }
 
-INLINE void FN(store_block)(char *const *rows, int64_t c, const REAL *x)
+INLINE void FN(store_block)(char *rows, int64_t stride, const REAL *x)
 {
   VEC q[ACROSS];
   for (int i = 0; i < ACROSS; i++) q[i] = FN(vec_load)(x + i * LANES);
-  FN(vec_store_across)(q, rows, c * (int64_t)sizeof(REAL));
+  FN(vec_store_across)(q, rows, stride);
 }
 
 /* n elements of a row from `first` on: where they lie, or converted in `room`. */
@@ -495,11 +495,12 @@ static void FN(join_tree)(struct FN(tree) * tree, int64_t classes, REAL *sum, RE
   }
 }
 
-/* The lanes of rows become [lane][row]. */
-static void FN(turn_lanes)(char *const *lanes, REAL (*turned)[LANES])
+/* The lanes of LANES rows, `stride` bytes apart, become [lane][row]. */
+static void FN(turn_lanes)(const void *lanes, int64_t stride, REAL (*turned)[LANES])
 {
   for (int l = 0; l < LANES; l += VEC_LANES)
-    for (int c = 0; c < LANES; c += ACROSS) FN(load_block)(turned[c] + l, lanes + l, c);
+    for (int c = 0; c < LANES; c += ACROSS)
+      FN(load_block)(turned[c] + l, (const char *)lanes + l * stride + c * (int64_t)sizeof(REAL), stride);
 }
 
 /* ---- distances, and numbers that are no exponentials ---- */
@@ -900,14 +901,13 @@ INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n
 static void FN(maxima)(const struct FN(slot) * slots, int64_t rows, int64_t n, REAL *max)
 {
   REAL best[LANES][LANES], turned[LANES][LANES];
-  char *lanes[LANES];
   if (rows < MANY) {
     for (int64_t i = 0; i < rows; i++) max[i] = FN(maximum)(slots[i].x, n);
     return;
   }
   for (int64_t i = 0; i < rows; i++) FN(top_lanes)(slots[i].x, n, best[i]);
-  for (int64_t i = 0; i < LANES; i++) lanes[i] = (char *)best[i < rows ? i : 0];
-  FN(turn_lanes)(lanes, turned);
+  for (int64_t i = rows; i < LANES; i++) memcpy(best[i], best[0], sizeof best[0]);
+  FN(turn_lanes)(best, sizeof best[0], turned);
   for (int half = LANES / 2; half; half /= 2) {
     for (int j = 0; j < half; j++) EACH_VEC(v)
     FN(vec_store)(turned[j] + v, FN(vec_larger)(FN(vec_load)(turned[j + half] + v), FN(vec_load)(turned[j] + v)));
@@ -920,15 +920,10 @@ static void FN(finish_near_rows)(struct FN(slot) * slots, int64_t rows)
 {
   struct FN(tree) tree;
   REAL ones[LANES], sum[LANES], sum_lo[LANES];
-  char *sums[LANES], *los[LANES];
-  for (int64_t i = 0; i < LANES; i++) {
-    struct FN(block) *block = &slots[i < rows ? i : 0].block;
-    sums[i] = (char *)block->lanes.sum;
-    los[i] = (char *)block->lanes.lo;
-    ones[i] = (REAL)block->ones;
-  }
-  FN(turn_lanes)(sums, tree.sum);
-  FN(turn_lanes)(los, tree.lo);
+  for (int64_t i = rows; i < LANES; i++) slots[i].block = slots[0].block;
+  for (int64_t i = 0; i < LANES; i++) ones[i] = (REAL)slots[i].block.ones;
+  FN(turn_lanes)(slots->block.lanes.sum, sizeof *slots, tree.sum);
+  FN(turn_lanes)(slots->block.lanes.lo, sizeof *slots, tree.lo);
   FN(join_tree)(&tree, LANES, sum, sum_lo);
   for (int l = 0; l < LANES; l++) sum[l] = FN(add_ones)(sum[l], sum_lo[l], ones[l], &sum_lo[l]);
   for (int64_t i = 0; i < rows; i++) {

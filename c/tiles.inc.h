@@ -20,9 +20,10 @@ static void FN(store_strips)(const struct pl_task *task, const struct pl_view *v
 }
 
 /* Whether rows are contiguous and long enough to be moved in blocks of VEC_LANES rows x ACROSS classes. */
-static inline bool FN(in_blocks)(int64_t classes, int64_t stride, int dtype)
+static inline bool FN(in_blocks)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows)
 {
-  return dtype == NATIVE_DTYPE && stride == (int64_t)sizeof(REAL) && classes >= ACROSS;
+  const bool contiguous = dtype == NATIVE_DTYPE && view->classes == (int64_t)sizeof(REAL);
+  return contiguous && task->classes >= ACROSS && FN(in_step)(task, r, rows);
 }
 
 /* Whether a full tile of fewer classes than a block has lies in one piece: with their number known, the compiler moves it in
@@ -53,8 +54,8 @@ INLINE void FN(store_piece)(char *to, const REAL *x, int64_t classes)
 /* Missing rows of the last tile are zeros. */
 static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows, REAL *x)
 {
-  const int64_t classes = task->classes;
-  char *base[LANES];
+  const int64_t classes = task->classes, step = FN(step)(task, view);
+  const char *first = FN(row_at)(task, view, r);
   int64_t l = 0;
   if (rows < LANES) memset(x, 0, (size_t)(classes * LANES) * sizeof *x);
   if (FN(adjacent)(task, view, r, rows, dtype)) {
@@ -62,65 +63,66 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
       FN(load_strips)(task, view, r, 1, &x);
       return;
     }
-    const char *first = FN(row_at)(task, view, r);
     for (int64_t c = 0; c < classes; c++)
       FN(load_many)(x + c * LANES, first + c * view->classes, pl_itemsize(dtype), rows, dtype);
     return;
   }
   if (FN(in_one_piece)(task, view, dtype, rows)) {
-    const char *from = FN(row_at)(task, view, r);
     if (classes == 2) {
-      FN(load_piece)(x, from, 2);
+      FN(load_piece)(x, first, 2);
     } else {
-      FN(load_piece)(x, from, 3);
+      FN(load_piece)(x, first, 3);
     }
     return;
   }
-  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
-  if (FN(in_blocks)(classes, view->classes, dtype)) {
+  if (FN(in_blocks)(task, view, dtype, r, rows)) {
     const int64_t last = classes - ACROSS; /* this block overlaps the one before */
     for (; l + VEC_LANES <= rows; l += VEC_LANES) {
-      for (int64_t c = 0; c < last; c += ACROSS) FN(load_block)(x + c * LANES + l, base + l, c);
-      FN(load_block)(x + last * LANES + l, base + l, last);
+      const char *row = first + l * step;
+      for (int64_t c = 0; c < last; c += ACROSS) FN(load_block)(x + c * LANES + l, row + c * (int64_t)sizeof(REAL), step);
+      FN(load_block)(x + last * LANES + l, row + last * (int64_t)sizeof(REAL), step);
     }
   }
-  for (; l < rows; l++)
-    for (int64_t c = 0; c < classes; c++) x[c * LANES + l] = FN(load)(base[l] + c * view->classes, dtype);
+  for (; l < rows; l++) {
+    const char *row = FN(row_at)(task, view, r + l);
+    for (int64_t c = 0; c < classes; c++) x[c * LANES + l] = FN(load)(row + c * view->classes, dtype);
+  }
 }
 
 static void FN(store_tile)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t r, int64_t rows, REAL *x)
 {
-  const int64_t classes = task->classes, stride = view->classes;
-  char *base[LANES];
+  const int64_t classes = task->classes, step = FN(step)(task, view);
+  char *first = FN(row_at)(task, view, r);
   int64_t l = 0;
   if (FN(adjacent)(task, view, r, rows, dtype)) {
     if (rows == LANES && dtype == NATIVE_DTYPE) {
       FN(store_strips)(task, view, r, 1, &x);
       return;
     }
-    char *first = FN(row_at)(task, view, r);
-    for (int64_t c = 0; c < classes; c++) FN(store_many)(first + c * stride, x + c * LANES, pl_itemsize(dtype), rows, dtype);
+    for (int64_t c = 0; c < classes; c++)
+      FN(store_many)(first + c * view->classes, x + c * LANES, pl_itemsize(dtype), rows, dtype);
     return;
   }
   if (FN(in_one_piece)(task, view, dtype, rows)) {
-    char *to = FN(row_at)(task, view, r);
     if (classes == 2) {
-      FN(store_piece)(to, x, 2);
+      FN(store_piece)(first, x, 2);
     } else {
-      FN(store_piece)(to, x, 3);
+      FN(store_piece)(first, x, 3);
     }
     return;
   }
-  for (int64_t i = 0; i < rows; i++) base[i] = FN(row_at)(task, view, r + i);
-  if (FN(in_blocks)(classes, stride, dtype)) {
+  if (FN(in_blocks)(task, view, dtype, r, rows)) {
     const int64_t last = classes - ACROSS;
     for (; l + VEC_LANES <= rows; l += VEC_LANES) {
-      for (int64_t c = 0; c < last; c += ACROSS) FN(store_block)(base + l, c, x + c * LANES + l);
-      FN(store_block)(base + l, last, x + last * LANES + l);
+      char *row = first + l * step;
+      for (int64_t c = 0; c < last; c += ACROSS) FN(store_block)(row + c * (int64_t)sizeof(REAL), step, x + c * LANES + l);
+      FN(store_block)(row + last * (int64_t)sizeof(REAL), step, x + last * LANES + l);
     }
   }
-  for (; l < rows; l++)
-    for (int64_t c = 0; c < classes; c++) FN(store)(base[l] + c * stride, x[c * LANES + l], dtype);
+  for (; l < rows; l++) {
+    char *row = FN(row_at)(task, view, r + l);
+    for (int64_t c = 0; c < classes; c++) FN(store)(row + c * view->classes, x[c * LANES + l], dtype);
+  }
 }
 
 /* Masked elements become `fill`. */

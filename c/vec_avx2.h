@@ -76,21 +76,21 @@ static inline void vec_turn_f64(vec_f64 *q)
 }
 
 #define VEC_ACROSS(T, VEC, N)                                                                                                  \
-  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  static inline void vec_load_across_##T(VEC *q, const char *rows, int64_t stride)                                             \
   {                                                                                                                            \
     for (int i = 0; i < N; i++) {                                                                                              \
-      const __m128i low = _mm_loadu_si128((const void *)(rows[i] + at)),                                                       \
-                    high = _mm_loadu_si128((const void *)(rows[i + N] + at));                                                  \
+      const __m128i low = _mm_loadu_si128((const void *)(rows + i * stride)),                                                  \
+                    high = _mm_loadu_si128((const void *)(rows + (i + N) * stride));                                           \
       q[i] = (VEC)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);                                               \
     }                                                                                                                          \
     vec_turn_##T(q);                                                                                                           \
   }                                                                                                                            \
-  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  static inline void vec_store_across_##T(VEC *q, char *rows, int64_t stride)                                                  \
   {                                                                                                                            \
     vec_turn_##T(q);                                                                                                           \
     for (int i = 0; i < N; i++) {                                                                                              \
-      _mm_storeu_si128((void *)(rows[i] + at), _mm256_castsi256_si128((__m256i)q[i]));                                         \
-      _mm_storeu_si128((void *)(rows[i + N] + at), _mm256_extracti128_si256((__m256i)q[i], 1));                                \
+      _mm_storeu_si128((void *)(rows + i * stride), _mm256_castsi256_si128((__m256i)q[i]));                                    \
+      _mm_storeu_si128((void *)(rows + (i + N) * stride), _mm256_extracti128_si256((__m256i)q[i], 1));                         \
     }                                                                                                                          \
   }
 

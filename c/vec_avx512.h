@@ -75,25 +75,25 @@ static inline void vec_turn_f64(vec_f64 *q)
 }
 
 #define VEC_ACROSS(T, VEC, N)                                                                                                  \
-  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  static inline void vec_load_across_##T(VEC *q, const char *rows, int64_t stride)                                             \
   {                                                                                                                            \
     for (int i = 0; i < N; i++) {                                                                                              \
-      __m512i pieces = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(rows[i] + at)));                                  \
-      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + N] + at)), 1);                               \
-      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + 2 * N] + at)), 2);                           \
-      q[i] = (VEC)_mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows[i + 3 * N] + at)), 3);                        \
+      __m512i pieces = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(rows + i * stride)));                             \
+      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows + (i + N) * stride)), 1);                        \
+      pieces = _mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows + (i + 2 * N) * stride)), 2);                    \
+      q[i] = (VEC)_mm512_inserti32x4(pieces, _mm_loadu_si128((const void *)(rows + (i + 3 * N) * stride)), 3);                 \
     }                                                                                                                          \
     vec_turn_##T(q);                                                                                                           \
   }                                                                                                                            \
-  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  static inline void vec_store_across_##T(VEC *q, char *rows, int64_t stride)                                                  \
   {                                                                                                                            \
     vec_turn_##T(q);                                                                                                           \
     for (int i = 0; i < N; i++) {                                                                                              \
       const __m512i pieces = (__m512i)q[i];                                                                                    \
-      _mm_storeu_si128((void *)(rows[i] + at), _mm512_castsi512_si128(pieces));                                                \
-      _mm_storeu_si128((void *)(rows[i + N] + at), _mm512_extracti32x4_epi32(pieces, 1));                                      \
-      _mm_storeu_si128((void *)(rows[i + 2 * N] + at), _mm512_extracti32x4_epi32(pieces, 2));                                  \
-      _mm_storeu_si128((void *)(rows[i + 3 * N] + at), _mm512_extracti32x4_epi32(pieces, 3));                                  \
+      _mm_storeu_si128((void *)(rows + i * stride), _mm512_castsi512_si128(pieces));                                           \
+      _mm_storeu_si128((void *)(rows + (i + N) * stride), _mm512_extracti32x4_epi32(pieces, 1));                               \
+      _mm_storeu_si128((void *)(rows + (i + 2 * N) * stride), _mm512_extracti32x4_epi32(pieces, 2));                           \
+      _mm_storeu_si128((void *)(rows + (i + 3 * N) * stride), _mm512_extracti32x4_epi32(pieces, 3));                           \
     }                                                                                                                          \
   }
 

@@ -84,15 +84,15 @@ static inline void vec_turn_f64(vec_f64 *q)
 }
 
 #define VEC_ACROSS(T, VEC, N)                                                                                                  \
-  static inline void vec_load_across_##T(VEC *q, char *const *rows, int64_t at)                                                \
+  static inline void vec_load_across_##T(VEC *q, const char *rows, int64_t stride)                                             \
   {                                                                                                                            \
-    for (int i = 0; i < N; i++) q[i] = vld1q_##T((const void *)(rows[i] + at));                                                \
+    for (int i = 0; i < N; i++) q[i] = vld1q_##T((const void *)(rows + i * stride));                                           \
     vec_turn_##T(q);                                                                                                           \
   }                                                                                                                            \
-  static inline void vec_store_across_##T(VEC *q, char *const *rows, int64_t at)                                               \
+  static inline void vec_store_across_##T(VEC *q, char *rows, int64_t stride)                                                  \
   {                                                                                                                            \
     vec_turn_##T(q);                                                                                                           \
-    for (int i = 0; i < N; i++) vst1q_##T((void *)(rows[i] + at), q[i]);                                                       \
+    for (int i = 0; i < N; i++) vst1q_##T((void *)(rows + i * stride), q[i]);                                                  \
   }
 
 /* clang-format off */

@@ -52,14 +52,16 @@ typedef double vec_f64;
   {                                                                                                                            \
     return x == y ? 0 : a;                                                                                                     \
   }                                                                                                                            \
-  /* VEC_LANES rows become columns: 16 bytes of each, from their offset `at` on, are a lane of the vectors q. */               \
-  static inline void vec_load_across_##T(REAL *q, char *const *rows, int64_t at)                                               \
+  /* VEC_LANES rows become columns: the first 16 bytes of each are a lane of the vectors q. */                                 \
+  static inline void vec_load_across_##T(REAL *q, const char *rows, int64_t stride)                                            \
   {                                                                                                                            \
-    memcpy(q, rows[0] + at, sizeof *q);                                                                                        \
+    (void)stride;                                                                                                              \
+    memcpy(q, rows, sizeof *q);                                                                                                \
   } /* here one element */                                                                                                     \
-  static inline void vec_store_across_##T(const REAL *q, char *const *rows, int64_t at)                                        \
+  static inline void vec_store_across_##T(const REAL *q, char *rows, int64_t stride)                                           \
   {                                                                                                                            \
-    memcpy(rows[0] + at, q, sizeof *q);                                                                                        \
+    (void)stride;                                                                                                              \
+    memcpy(rows, q, sizeof *q);                                                                                                \
   }                                                                                                                            \
   static inline int vec_count_equal_##T(REAL x, REAL y)                                                                        \
   {                                                                                                                            \
