@@ -26,6 +26,27 @@ static inline bool FN(in_blocks)(const struct pl_task *task, const struct pl_vie
   return contiguous && task->classes >= ACROSS && FN(in_step)(task, r, rows);
 }
 
+/* Whether rows follow one another without a gap. */
+static inline bool FN(in_one_run)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t rows)
+{
+  return FN(step)(task, view) == task->classes * view->classes && FN(in_step)(task, r, rows);
+}
+
+/* Rows of another type that are contiguous, and short: they are converted, and then moved in blocks. Element by element it
+ * took two to eight times as long. */
+#define SHORT_ROW 128
+static inline bool FN(is_converted)(const struct pl_task *task, const struct pl_view *view, int dtype)
+{
+  return dtype != NATIVE_DTYPE && view->classes == pl_itemsize(dtype) && task->classes <= SHORT_ROW;
+}
+
+/* The task whose logits are such rows, converted. */
+static struct pl_task FN(rows_in)(REAL *room, int64_t classes)
+{
+  const int64_t size = (int64_t)sizeof(REAL);
+  return (struct pl_task){.classes = classes, .inner = 1, .logits = {room, classes * size, size, size}};
+}
+
 /* Whether a full tile of fewer classes than a block has lies in one piece: with their number known, the compiler moves it in
  * vectors (floats of 2 or 3 classes in half the time; doubles are blocks). */
 static inline bool FN(in_one_piece)(const struct pl_task *task, const struct pl_view *view, int dtype, int64_t rows)
@@ -75,6 +96,15 @@ static void FN(load_tile)(const struct pl_task *task, const struct pl_view *view
     }
     return;
   }
+  if (FN(is_converted)(task, view, dtype)) {
+    REAL room[LANES * SHORT_ROW];
+    const struct pl_task native = FN(rows_in)(room, classes);
+    const int64_t each = FN(in_one_run)(task, view, r, rows) ? rows : 1;
+    for (; l < rows; l += each)
+      FN(load_many)(room + l * classes, FN(row_at)(task, view, r + l), view->classes, each * classes, dtype);
+    FN(load_tile)(&native, &native.logits, NATIVE_DTYPE, 0, rows, x);
+    return;
+  }
   if (FN(in_blocks)(task, view, dtype, r, rows)) {
     const int64_t last = classes - ACROSS; /* this block overlaps the one before */
     for (; l + VEC_LANES <= rows; l += VEC_LANES) {
@@ -109,6 +139,15 @@ static void FN(store_tile)(const struct pl_task *task, const struct pl_view *vie
     } else {
       FN(store_piece)(first, x, 3);
     }
+    return;
+  }
+  if (FN(is_converted)(task, view, dtype)) {
+    REAL room[LANES * SHORT_ROW];
+    const struct pl_task native = FN(rows_in)(room, classes);
+    const int64_t each = FN(in_one_run)(task, view, r, rows) ? rows : 1;
+    FN(store_tile)(&native, &native.logits, NATIVE_DTYPE, 0, rows, x);
+    for (; l < rows; l += each)
+      FN(store_many)(FN(row_at)(task, view, r + l), room + l * classes, view->classes, each * classes, dtype);
     return;
   }
   if (FN(in_blocks)(task, view, dtype, r, rows)) {
