@@ -41,6 +41,7 @@ SHORT_LINES = 10  # of rows for which tiles pay wherever they lie
 SHORT_LINES_WHOLE = 7  # the same, where the result is as long as the row
 TILE_BYTES = TILE * LINE_BYTES
 GROUP_BYTES = LINES * LINE_BYTES
+BATCH_BYTES = 4 * BLOCK_BYTES  # of rows that go through the steps together
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
@@ -877,7 +878,8 @@ def along(e, factor, minus):
 
 @inlined
 def log_probability(x, maximum, f, t):
-    hi, lo = exponent(x, maximum, t[0], t[1])
+    """t is None for temperature 1, as in `terms`: the same bits."""
+    hi, lo = two_sum(x, -maximum) if t is None else exponent(x, maximum, t[0], t[1])
     return add_pairs(hi, lo, -f[0], -f[1])
 
 
@@ -1254,7 +1256,7 @@ def room_of(x, classes):
     k = constants(x[0])
     group = LINES * k.lanes
     size = (classes + group - 1) // group * group
-    return size, min(k.lanes, k.block // size)
+    return size, min(k.lanes, BATCH_BYTES // BLOCK_BYTES * k.block // size)
 
 
 @allocating
@@ -1769,8 +1771,8 @@ def write_terms(x, room, maximum, t, factor, minuses, minus, result):
         write_near_terms(x, maximum, t, factor, minuses, minus, result)
 
 
-@helper
-def write_log_probabilities(x, maximum, f, t, result):
+@inlined
+def write_logs(x, maximum, f, t, result):
     k = constants(maximum)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
@@ -1780,12 +1782,31 @@ def write_log_probabilities(x, maximum, f, t, result):
         put_part(result, whole, x.size - whole, log_probability(part, maximum, f, t))
 
 
+@helper
+def write_log_probabilities(x, maximum, f, t, result):
+    if is_plain(t):
+        write_logs(x, maximum, f, None, result)
+    else:
+        write_logs(x, maximum, f, t, result)
+
+
+@helper
+def log_tile(x, classes, maximum, f, t):
+    k = constants(x[0])
+    if is_plain(t):
+        for c in range(0, classes * k.lanes, k.lanes):
+            put_line(x, c, log_probability(line_at(x, c), maximum, f, None))
+    else:
+        for c in range(0, classes * k.lanes, k.lanes):
+            put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
+
+
 @allocating
 def softmax_rows(logits, where, temperature, log, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BATCH_BYTES)
     classes = logits.shape[1]
     masked = -k.infinity if log else k.zero
     if by_tile(logits, end - begin, TILE, SHORT_LINES_WHOLE):
@@ -1794,8 +1815,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, not log)
             f = finish_row(maximum, total, total_lo)
             if log:
-                for c in range(0, classes * k.lanes, k.lanes):
-                    put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
+                log_tile(x, classes, maximum, f, t)
             else:
                 for c in range(0, classes * k.lanes, k.lanes):
                     put_line(x, c, probability(line_at(x, c), f))
@@ -1842,7 +1862,7 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BATCH_BYTES)
     inner = logits.shape[2]
     if by_tile(logits, end - begin):
         for r in range(begin, end, k.lanes):
@@ -1877,7 +1897,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     )
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BLOCK_BYTES)
+    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BATCH_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
     if by_tile(logits, end - begin):
         picked = scratch(temperature, LINE_BYTES)
@@ -2115,7 +2135,7 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     k = constants(numbers.softcap)
     cap = cap_of(numbers)
     t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
-    x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BATCH_BYTES)
     q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
     if by_tile(logits, end - begin, BLOCK_BYTES // LINE_BYTES):
