@@ -120,7 +120,6 @@ def run_contiguous(
     size: int,
     classes: int,
     threads: int,
-    *,
     out: Array,
     labels: Array | None = None,
     probabilities: Array | None = None,
@@ -129,22 +128,21 @@ def run_contiguous(
     scale: tuple[float, float] = (1.0, 0.0),
 ) -> int:
     """An operation on contiguous arrays, `size` logits in all: the last axis are the classes. ValueError for other arrays."""
-    return _checked(
-        _run_contiguous(
-            operation,
-            _CODES[dtype],
-            _from_buffer(logits),
-            NULL if labels is None else _from_buffer(labels),
-            NULL if probabilities is None else _from_buffer(probabilities),
-            NULL if grad is None else _from_buffer(grad),
-            _from_buffer(out),
-            size,
-            classes,
-            temperature,
-            *scale,
-            threads,
-        )
+    status: int = _run_contiguous(
+        operation,
+        _CODES[dtype],
+        _from_buffer(logits),
+        NULL if labels is None else _from_buffer(labels),
+        NULL if probabilities is None else _from_buffer(probabilities),
+        NULL if grad is None else _from_buffer(grad),
+        _from_buffer(out),
+        size,
+        classes,
+        temperature,
+        *scale,
+        threads,
     )
+    return status if status >= -1 else _checked(status)
 
 
 def _run_task(task: Any, threads: int) -> int:
