@@ -180,7 +180,7 @@ FUZZ_FLAGS := -max_len=64 -len_control=0 -print_final_stats=1
 
 # What a checker looks at is built without optimisation, which would take most of the time. The fuzzer is not told of
 # comparisons: that took half of its time, and there is nothing to find by them.
-$(BUILD)/native/%: BUILD_FLAGS := -g -fopenmp -fschedule-insns
+$(BUILD)/native/%: BUILD_FLAGS := -g -fopenmp -fschedule-insns -fsched-pressure
 $(BUILD)/sanitize/%: BUILD_FLAGS := -O0 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
 $(BUILD)/tsan/%: BUILD_FLAGS := -O0 -g -fsanitize=thread
 $(BUILD)/fuzz/%: BUILD_FLAGS := -O0 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
