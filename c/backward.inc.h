@@ -12,7 +12,7 @@ INLINE VEC FN(log_softmax_slope)(VEC log_p, VEC g, VEC sum, VEC sum_lo)
 {
   const VEC zero = FN(vec_fill)(0), unscale = FN(vec_fill)(-1 / EXP_SCALE);
   const VEC at = log_p - FN(vec_fill)(EXP_CENTER);
-  const VEC p = FN(vec_unless_below)(FN(exp_scaled)(at, log_p, zero, zero, true), at, FN(vec_fill)(EXP_LOWEST));
+  const VEC p = FN(vec_unless_below)(FN(exp_scaled)(at, log_p, zero, zero, false), at, FN(vec_fill)(EXP_LOWEST));
   return FN(vec_fma)(p, sum * unscale, FN(vec_fma)(p, sum_lo * unscale, g));
 }
 

@@ -2305,7 +2305,7 @@ def slope_of(log, p, g, total):
     k = constants(p)
     if log:
         at = p - k.exp_center
-        p = select(at < k.exp_lowest, k.zero, exp_scaled(at, p, k.zero, k.zero, True))
+        p = select(at < k.exp_lowest, k.zero, exp_scaled(at, p, k.zero, k.zero, False))
         unscale = -k.one / k.exp_scale
         return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
     hi, lo = two_sum(g, -total[0])
