@@ -192,6 +192,17 @@ def test_half_precision_rounds_the_same_bits(op, backend, half):
         assert result.tobytes() == expected.astype(result.dtype).tobytes()
 
 
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_every_number_in_half_precision(backend, half):
+    """In short rows, which are converted together."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(half))
+    rows = np.zeros((every.size, 17), every.dtype)
+    rows[:, 16] = every
+    for function in (pylogits.softmax, pylogits.log_softmax):
+        expected = function(rows.astype(np.float32)).astype(every.dtype)
+        np.testing.assert_array_equal(function(rows).astype(np.float32), expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("classes", [1, 8, 200, 5000])
 def test_a_temperature_whose_inverse_overflows(classes, backend, dtype):
     """Rows go by different ways, alone and in numbers."""
