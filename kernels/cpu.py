@@ -1790,17 +1790,6 @@ def write_log_probabilities(x, maximum, f, t, result):
         write_logs(x, maximum, f, t, result)
 
 
-@helper
-def log_tile(x, classes, maximum, f, t):
-    k = constants(x[0])
-    if is_plain(t):
-        for c in range(0, classes * k.lanes, k.lanes):
-            put_line(x, c, log_probability(line_at(x, c), maximum, f, None))
-    else:
-        for c in range(0, classes * k.lanes, k.lanes):
-            put_line(x, c, log_probability(line_at(x, c), maximum, f, t))
-
-
 @allocating
 def softmax_rows(logits, where, temperature, log, out, begin, end):
     logits, where, out = borrowed(logits), borrowed(where), borrowed(out)
@@ -1815,7 +1804,8 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, not log)
             f = finish_row(maximum, total, total_lo)
             if log:
-                log_tile(x, classes, maximum, f, t)
+                tile = section(x, 0, classes * k.lanes)
+                write_log_probabilities(tile, maximum, f, t, tile)
             else:
                 for c in range(0, classes * k.lanes, k.lanes):
                     put_line(x, c, probability(line_at(x, c), f))

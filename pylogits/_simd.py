@@ -128,21 +128,22 @@ def run_contiguous(
     scale: tuple[float, float] = (1.0, 0.0),
 ) -> int:
     """An operation on contiguous arrays, `size` logits in all: the last axis are the classes. ValueError for other arrays."""
-    status: int = _run_contiguous(
-        operation,
-        _CODES[dtype],
-        _from_buffer(logits),
-        NULL if labels is None else _from_buffer(labels),
-        NULL if probabilities is None else _from_buffer(probabilities),
-        NULL if grad is None else _from_buffer(grad),
-        _from_buffer(out),
-        size,
-        classes,
-        temperature,
-        *scale,
-        threads,
+    return _checked(
+        _run_contiguous(
+            operation,
+            _CODES[dtype],
+            _from_buffer(logits),
+            NULL if labels is None else _from_buffer(labels),
+            NULL if probabilities is None else _from_buffer(probabilities),
+            NULL if grad is None else _from_buffer(grad),
+            _from_buffer(out),
+            size,
+            classes,
+            temperature,
+            *scale,
+            threads,
+        )
     )
-    return status if status >= -1 else _checked(status)
 
 
 def _run_task(task: Any, threads: int) -> int:
