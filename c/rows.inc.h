@@ -199,15 +199,14 @@ INLINE void FN(cap_each)(const struct pl_task *task, const REAL *x, REAL *capped
   const REAL residual = FMA(-divisor, inverse, 2) - divisor_lo * inverse;
   const REAL inverse_lo = tiny || !FN(finite)(residual) ? 0 : residual * inverse / 2;
   const REAL end = 40 / inverse < most ? 40 / inverse : most;
-  const VEC by = FN(vec_fill)(inverse), by_lo = FN(vec_fill)(inverse_lo);
-  const VEC least = FN(vec_fill)(-end), zero = FN(vec_fill)(0);
+  const VEC by = FN(vec_fill)(-inverse), by_lo = FN(vec_fill)(-inverse_lo), least = FN(vec_fill)(-end);
   for (int64_t c = 0; c < n; c += VEC_LANES) {
     VEC slope;
-    const VEC logits = c + VEC_LANES <= n ? FN(vec_load)(x + c) : FN(vec_load_part)(x + c, n - c, zero);
-    const VEC size = FN(vec_larger)(least, -FN(vec_larger)(logits, -logits)); /* the second, where it is a NaN */
-    const VEC value = FN(vec_fill)(softcap) * FN(tanh)(FN(vec_fma)(size, by, size * by_lo), &slope);
-    const VEC positive = FN(vec_unless_below)(value, logits, zero);
-    if (capped) FN(vec_store)(capped + c, positive - (value - positive));
+    const VEC logits = c + VEC_LANES <= n ? FN(vec_load)(x + c) : FN(vec_load_part)(x + c, n - c, FN(vec_fill)(0));
+    const VEC minus = FN(vec_larger)(least, -FN(vec_larger)(least, logits)); /* the second, where it is a NaN */
+    const VEC v = minus * by, v_lo = FN(vec_fma)(minus, by_lo, FN(vec_fma)(minus, by, -v));
+    const VEC value = FN(tanh)(v, v_lo, FN(vec_fill)(softcap), &slope);
+    if (capped) FN(vec_store)(capped + c, value);
     if (slopes) FN(vec_store)(slopes + c, slope);
   }
 }

@@ -723,16 +723,22 @@ def exp_scaled(at, a, b, lo, careful):
 
 
 @inlined
-def tanh(v):
-    """tanh(|x|) and its derivative, from v = -2 |x| in [-40, 0]."""
+def tanh(v, v_lo, factor):
+    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 40]."""
     k = constants(v)
     shifted = fma(v - k.exp_center, k.log2_e, k.round_shift)
     n, scale = shifted - k.round_shift, scale_of(shifted) * (k.one / k.exp_scale)
-    r = fma(n, -k.ln2_lo, fma(n, -k.ln2_hi, v))
+    high, low = fma(n, -k.ln2_hi, v), fma(n, -k.ln2_lo, v_lo)
+    r = high + low
     square = r * r
-    p = fma(polynomial_by_pairs(r, square, k.exp_tail), square, r)
-    m, z = fma(scale, p, scale - k.one), fma(scale, p, scale)
-    return -m / (k.two + m), (k.two * k.two * z) / ((k.one + z) * (k.one + z))
+    p = high + fma(polynomial_by_pairs(r, square, k.exp_tail), square, low)
+    less, more = scale - k.one, scale + k.one
+    above, below = fma(scale, p, less), fma(scale, p, more)
+    above_lo, below_lo = fma(scale, p, less - above), fma(scale, p, more - below)
+    inverse = k.one / below
+    t, twice = above * inverse, inverse + inverse
+    rest = fma(-t, below, above) + fma(-t, below_lo, above_lo)
+    return fma(factor, t, (factor * inverse) * rest), (twice * twice) * fma(scale, p, scale)
 
 
 @helper
@@ -1300,7 +1306,7 @@ def reduce_short_rows(logits, r, rows, end, e, keep, numbers):
 
 @helper
 def cap_of(numbers):
-    """2 / (temperature softcap) as a pair, and the least -|x| that is told apart: tanh(20) is 1."""
+    """2 / (temperature softcap) as a pair, and the least x that is told apart: tanh(-20) is -1."""
     k = constants(numbers.softcap)
     divisor = numbers.temperature * numbers.softcap
     divisor_lo = fma(numbers.temperature, numbers.softcap, -divisor)
@@ -1318,12 +1324,10 @@ def cap_row(x, n, cap, slopes):
     """softcap tanh(x / (temperature softcap)) in place of x, or its derivative but for 1 / temperature."""
     k = constants(x[0])
     for c in range(0, n, k.lanes):
-        logits = line_at(x, c)
-        size = larger(cap.lowest, -larger(logits, -logits))
-        value, slope = tanh(fma(size, cap.inverse, size * cap.inverse_lo))
-        value = cap.softcap * value
-        positive = select(logits < k.zero, k.zero, value)
-        put_line(x, c, slope if slopes else positive - (value - positive))
+        minus = larger(cap.lowest, -larger(cap.lowest, line_at(x, c)))
+        v = minus * -cap.inverse
+        value, slope = tanh(v, fma(minus, -cap.inverse_lo, fma(minus, -cap.inverse, -v)), cap.softcap)
+        put_line(x, c, slope if slopes else value)
 
 
 @helper

@@ -267,22 +267,29 @@ def log1p_pair(k, hi, lo):
 
 
 @device
-def tanh(k, v):
-    """tanh(|x|) and its derivative, from v = -2 |x| in [-40, 0]."""
-    r, square, shifted = reduce(k, v, k.zero)
-    scale = scale_of(shifted) / k.exp_scale
-    p = cuda.fma(exp_tail(k, r, square), square, r)
-    m, z = cuda.fma(scale, p, scale - k.one), cuda.fma(scale, p, scale)
-    return -m / (k.two + m), (k.two * k.two * z) / ((k.one + z) * (k.one + z))
+def tanh(k, v, v_lo, factor):
+    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 40]."""
+    shifted = cuda.fma(v - k.exp_center, k.log2_e, k.round_shift)
+    n, scale = shifted - k.round_shift, scale_of(shifted) / k.exp_scale
+    high, low = cuda.fma(n, -k.ln2_hi, v), cuda.fma(n, -k.ln2_lo, v_lo)
+    r = high + low
+    square = mul(r, r)
+    p = high + cuda.fma(exp_tail(k, r, square), square, low)
+    less, more = scale - k.one, scale + k.one
+    above, below = cuda.fma(scale, p, less), cuda.fma(scale, p, more)
+    above_lo, below_lo = cuda.fma(scale, p, less - above), cuda.fma(scale, p, more - below)
+    t = above / below
+    rest = cuda.fma(-t, below, above) + cuda.fma(-t, below_lo, above_lo)
+    slope = k.two * k.two * cuda.fma(scale, p, scale) / mul(below, below)
+    return cuda.fma(factor, t, mul(factor, rest / below)), slope
 
 
 @device
 def capped(k, x, cap):
     """softcap tanh(x / (temperature softcap)), and its derivative but for 1 / temperature."""
-    size = max(cap.lowest, -abs(x))
-    value, slope = tanh(k, cuda.fma(size, cap.inverse, size * cap.inverse_lo))
-    value = mul(cap.softcap, value)
-    return -value if x < k.zero else value, slope
+    near = min(max(cap.lowest, x), -cap.lowest) if x == x else x
+    v = mul(near, cap.inverse)
+    return tanh(k, v, cuda.fma(near, cap.inverse_lo, cuda.fma(near, cap.inverse, -v)), cap.softcap)
 
 
 # ---- elements; Numba has no bfloat16, whose bits are taken as uint16 ----

@@ -259,7 +259,7 @@ def _sum_rows(kernel: Any, losses: DeviceArray, *arguments: Any) -> DeviceArray:
 
 
 def _cap(options: LossOptions, dtype: np.dtype[Any]) -> Any:
-    """2 / (temperature softcap) as a pair, and the least -|x| that is told apart: tanh(20) is 1."""
+    """2 / (temperature softcap) as a pair, and the least x that is told apart: tanh(-20) is -1."""
     if options.softcap is None:
         return None
     real = _real(dtype)
