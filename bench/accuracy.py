@@ -94,6 +94,14 @@ def many_tiny(rng, rows, classes, dtype):
     return x
 
 
+def runner_up(rng, rows, classes, dtype):
+    """The maximum, one other term that can be seen, and the rest far below it: its rounding errors are those of the sum."""
+    x = -rng.uniform(3, 25, (rows, classes))
+    x[np.arange(rows), rng.integers(classes, size=rows)] = -rng.uniform(0.1, 6, rows)
+    x[np.arange(rows), rng.integers(classes, size=rows)] = 0
+    return x
+
+
 def copies(rng, rows, classes, dtype):
     """The maximum, another value, and many copies of a third: their errors do not average out in the sum."""
     x = np.broadcast_to(rng.uniform(-8, 0, (rows, 1)), (rows, classes)).copy()
@@ -132,6 +140,7 @@ FAMILIES = {
         ascending,
         descending,
         many_tiny,
+        runner_up,
         copies,
         underflow,
         cancelling,

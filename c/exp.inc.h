@@ -69,8 +69,9 @@ INLINE VEC FN(exp_tail)(VEC r, VEC square)
   return q;
 }
 
-/* exp(a + b + lo) * EXP_SCALE. `at` is near a + b + lo - EXP_CENTER, and not below EXP_LOWEST, where the result is exactly 0:
- * far below the smallest number of this type, as terms that vanish one by one may count together.
+/* exp(a + b + lo) * EXP_SCALE = scale * (1 + less_one), less_one being returned. `at` is near a + b + lo - EXP_CENTER, and not
+ * below EXP_LOWEST, where scale is exactly 0: far below the smallest number of this type, as terms that vanish one by one may
+ * count together.
  *
  * k = at / ln 2 is rounded by adding a number so big that the integer part ends up in the lowest bits, where a shift moves it
  * to the exponent. It leaves r = a + b + lo - k ln 2 in [log(3/4), log(3/2)], where exp(r) - 1 is below 1/4 or below 1/2 (of a
@@ -79,17 +80,16 @@ INLINE VEC FN(exp_tail)(VEC r, VEC square)
  *
  * EXP_SCALE keeps every result normal, so that sums of tiny terms stay exact and a probability is rounded once, when it
  * is multiplied by the scaled reciprocal of the sum, subnormal or not. A NaN stays a NaN. */
-INLINE VEC FN(exp_scaled)(VEC at, VEC a, VEC b, VEC lo, bool careful)
+INLINE VEC FN(exp_less_one)(VEC at, VEC a, VEC b, VEC lo, bool careful, VEC *scale)
 {
   const VEC shift = FN(vec_fill)(ROUND_SHIFT);
-  const VEC shifted = FN(vec_fma)(at, FN(vec_fill)(LOG2_E), shift);
-  const VEC k = shifted - shift, scale = FN(vec_scale)(shifted);
+  const VEC shifted = FN(vec_fma)(at, FN(vec_fill)(LOG2_E), shift), k = shifted - shift;
   const VEC rest = FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), b), high = a + rest;
   const VEC low = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), lo), r = high + low;
   const VEC square = r * r, q = FN(exp_tail)(r, square);
-  VEC less_one = FN(vec_fma)(q, square, r);
-  if (careful) less_one = high + FN(vec_fma)(q, square, low + (a - (high - rest)));
-  return FN(vec_fma)(less_one, scale, scale);
+  *scale = FN(vec_scale)(shifted);
+  if (careful) return high + FN(vec_fma)(q, square, low + (a - (high - rest)));
+  return FN(vec_fma)(q, square, r);
 }
 
 /* exp(hi + lo) * EXP_SCALE as a pair, for the few factors that join the blocks of a long row. */
@@ -146,11 +146,11 @@ static inline REAL FN(log1p_pair)(REAL hi, REAL lo, REAL *result_lo)
   const UINT shift = (bits >> MANTISSA_BITS) << MANTISSA_BITS;
   const REAL down = FN(bits_to_real)(FN(real_to_bits)((REAL)1) - shift); /* 2^-k */
   const REAL f = one * down;
-  const REAL z = FN(fast_two_sum)(f - 1, (one_lo + lo) * down, &z_lo);
+  const REAL z = FN(fast_two_sum)(f - 1, one_lo * down, &z_lo);
   const REAL s = z / (2 + z);
   const REAL half = (REAL)0.5 * z;
   const REAL square = half * z;
-  const REAL rest = s * (square + FN(atanh_tail)(s * s)) - FMA(half, z, -square) + z_lo / f;
+  const REAL rest = s * (square + FN(atanh_tail)(s * s)) - FMA(half, z, -square) + FMA(lo, down, z_lo) / f;
   const REAL a = FN(fast_two_sum)(z, -square, &a_lo);
   const REAL b = FN(two_sum)(k * LN2_HI, a, &b_lo);
   return FN(fast_two_sum)(b, FMA(k, LN2_LO, rest + (a_lo + b_lo)), result_lo);

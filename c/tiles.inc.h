@@ -175,19 +175,36 @@ static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, R
   }
 }
 
-/* One class of LANES rows: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the logits.
- * Without an origin, the numbers themselves. */
-INLINE VEC FN(tile_term)(REAL *x, const struct FN(origin) * o, VEC shift, bool keep, VEC *ones)
+/* The terms of one class of LANES rows, but for those of the maximum, which are counted; `keep` leaves all in place of the
+ * logits. */
+INLINE struct FN(parts) FN(take_class)(REAL *x, const struct FN(origin) * o, VEC shift, bool keep, VEC *ones)
 {
-  if (!o) return FN(vec_load)(x);
   const VEC one = FN(vec_fill)(1), logits = FN(vec_load)(x) - shift;
-  const VEC term = FN(terms)(logits, o);
-  if (keep) FN(vec_store)(x, term);
+  struct FN(parts) term = FN(parts_of)(logits, o);
+  if (keep) FN(vec_store)(x, term.value);
+  FN(leave_out)(&term, logits, o->max);
   *ones = *ones + (one - FN(vec_unless_equal)(one, logits, o->max));
-  return FN(vec_unless_equal)(term, logits, o->max);
+  return term;
 }
 
-/* The sum of a group is added to its lane; the first one is all that is there. */
+/* Steps 1 and 2 for the rows of one vector, the maxima given: lane by lane. The first term of a lane is what adding it to 0
+ * would give. */
+INLINE void FN(plant)(REAL *x, int64_t classes, const struct FN(origin) * o, VEC shift, bool keep, REAL *sum, REAL *lo,
+                      REAL *ones)
+{
+  VEC count = FN(vec_fill)(0);
+  for (int64_t j = 0; j < LANES && j < classes; j++) {
+    const struct FN(parts) first = FN(take_class)(x + j * LANES, o, shift, keep, &count);
+    VEC total = first.value, total_lo = FN(vec_fma)(first.less_one, first.scale, first.scale - total);
+    for (int64_t c = j + LANES; c < classes; c += LANES)
+      FN(add_term)(&total, &total_lo, FN(take_class)(x + c * LANES, o, shift, keep, &count));
+    FN(vec_store)(sum + j * LANES, total);
+    FN(vec_store)(lo + j * LANES, total_lo);
+  }
+  FN(vec_store)(ones, count);
+}
+
+/* The sum of a group of numbers that are no exponentials is added to its lane; the first one is all that is there. */
 INLINE void FN(add_group_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, bool first)
 {
   const VEC zero = FN(vec_fill)(0);
@@ -197,52 +214,6 @@ INLINE void FN(add_group_to_lane)(REAL *lane, REAL *lane_lo, VEC sum, bool first
   } else {
     FN(add_to_lane)(lane, lane_lo, sum, zero);
   }
-}
-
-/* Steps 1 and 2 for the rows of one vector, the maxima given. What is left over from whole groups goes line by line, so that
- * there is no branch in the loops. */
-INLINE void FN(plant)(REAL *x, int64_t classes, const struct FN(origin) * o, VEC shift, bool keep, REAL *sum, REAL *lo,
-                      REAL *ones)
-{
-  const VEC zero = FN(vec_fill)(0);
-  if (classes <= LANES) { /* one term a lane: nothing to add */
-    VEC count = zero;
-    for (int64_t j = 0; j < classes; j++) {
-      FN(vec_store)(sum + j * LANES, FN(tile_term)(x + j * LANES, o, shift, keep, &count));
-      FN(vec_store)(lo + j * LANES, zero);
-    }
-    FN(vec_store)(ones, count);
-    return;
-  }
-  const int64_t whole = classes / GROUP * GROUP, line = LANES * LANES;
-  VEC count = zero;
-  for (int64_t c = 0; c < whole; c += GROUP) {
-    for (int64_t j = 0; j < LANES; j++) {
-      REAL *at = x + (c + j) * LANES;
-      const VEC a = FN(tile_term)(at, o, shift, keep, &count), b = FN(tile_term)(at + line, o, shift, keep, &count);
-      const VEC d = FN(tile_term)(at + 2 * line, o, shift, keep, &count);
-      const VEC e = FN(tile_term)(at + 3 * line, o, shift, keep, &count);
-      FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, (a + b) + (d + e), c == 0);
-    }
-  }
-  REAL *rest = x + whole * LANES;
-  const int64_t left = classes - whole;
-#define LEFT(i) (left - (i)*LANES < LANES ? left - (i)*LANES : LANES)
-#define TERM(i) FN(tile_term)(rest + (i)*line + j * LANES, o, shift, keep, &count)
-  int64_t j = 0;
-  for (; j < LEFT(3); j++) {
-    const VEC first = TERM(0) + TERM(1), second = TERM(2) + TERM(3);
-    FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, first + second, whole == 0);
-  }
-  for (; j < LEFT(2); j++) {
-    const VEC first = TERM(0) + TERM(1);
-    FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, first + TERM(2), whole == 0);
-  }
-  for (; j < LEFT(1); j++) FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, TERM(0) + TERM(1), whole == 0);
-  for (; j < LEFT(0); j++) FN(add_group_to_lane)(sum + j * LANES, lo + j * LANES, TERM(0), whole == 0);
-#undef TERM
-#undef LEFT
-  FN(vec_store)(ones, count);
 }
 
 static void FN(maximum_of_tile)(const REAL *x, int64_t classes, REAL *max)
@@ -304,11 +275,24 @@ static void FN(plant_tile)(REAL *x, int64_t classes, struct FN(temperature) t, b
 }
 
 /* Steps 2 and 3 for numbers that are no exponentials. */
-static void FN(sum_tile)(REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
+static void FN(sum_tile)(const REAL *e, int64_t classes, REAL *sum, REAL *sum_lo)
 {
+  static const REAL zeros[LANES];
   struct FN(tree) tree;
-  REAL ones[VEC_LANES];
-  EACH_VEC(v) FN(plant)(e + v, classes, NULL, FN(vec_fill)(0), false, tree.sum[0] + v, tree.lo[0] + v, ones);
+  for (int64_t c = 0; c < classes; c += GROUP) {
+    for (int64_t j = c; j < c + LANES && j < classes; j++) {
+      EACH_VEC(v)
+      {
+        VEC line[LINES_PER_GROUP];
+        for (int i = 0; i < LINES_PER_GROUP; i++) {
+          const int64_t at = j + i * LANES;
+          line[i] = FN(vec_load)((at < classes ? e + at * LANES : zeros) + v);
+        }
+        FN(add_group_to_lane)
+        (tree.sum[j - c] + v, tree.lo[j - c] + v, (line[0] + line[1]) + (line[2] + line[3]), c == 0);
+      }
+    }
+  }
   FN(join_tree)(&tree, classes, sum, sum_lo);
 }
 

@@ -707,19 +707,20 @@ def exponent(x, maximum, inverse, inverse_lo):
 
 
 @inlined
-def exp_scaled(at, a, b, lo, careful):
-    """exp(a + b + lo) * EXP_SCALE, `at` near a + b + lo - EXP_CENTER and not below EXP_LOWEST."""
+def exp_less_one(at, a, b, lo, careful):
+    """What makes scale * (1 + less_one), and scale: exp(a + b + lo) * EXP_SCALE, `at` near a + b + lo - EXP_CENTER and not
+    below EXP_LOWEST."""
     k = constants(at)
     shifted = fma(at, k.log2_e, k.round_shift)
-    n, scale = shifted - k.round_shift, scale_of(shifted)
+    n = shifted - k.round_shift
     rest = fma(n, -k.ln2_hi, b)
     high, low = a + rest, fma(n, -k.ln2_lo, lo)
     r = high + low
     square = r * r
     q = polynomial_by_pairs(r, square, k.exp_tail)
     if careful:
-        return fma(high + fma(q, square, low + (a - (high - rest))), scale, scale)
-    return fma(fma(q, square, r), scale, scale)
+        return high + fma(q, square, low + (a - (high - rest))), scale_of(shifted)
+    return fma(q, square, r), scale_of(shifted)
 
 
 @inlined
@@ -761,12 +762,12 @@ def log1p_pair(hi, lo):
     one, one_lo = two_sum(k.one, hi)
     n, down = power_of(one)
     f = one * down
-    z, z_lo = fast_two_sum(f - k.one, (one_lo + lo) * down)
+    z, z_lo = fast_two_sum(f - k.one, one_lo * down)
     s = z / (k.two + z)
     half = k.half * z
     square = half * z
     w = s * s
-    rest = s * (square + w * polynomial(w, k.atanh_tail)) - fma(half, z, -square) + z_lo / f
+    rest = s * (square + w * polynomial(w, k.atanh_tail)) - fma(half, z, -square) + fma(lo, down, z_lo) / f
     a, a_lo = fast_two_sum(z, -square)
     b, b_lo = two_sum(n * k.ln2_hi, a)
     return fast_two_sum(b, fma(n, k.ln2_lo, rest + (a_lo + b_lo)))
@@ -828,20 +829,29 @@ def is_far(maximum, t):
 
 
 @inlined
-def terms(x, maximum, t):
-    """exp((x - maximum) / temperature) * EXP_SCALE; t is None for temperature 1, so that it gets code of its own."""
+def parts_of(x, maximum, t):
+    """exp((x - maximum) / temperature) * EXP_SCALE: rounded to one number, and with more digits as scale * (1 + less_one).
+    t is None for temperature 1, so that it gets code of its own."""
     k = constants(x)
     if t is None:
         high = (maximum + k.grid) - k.grid
         x = larger(maximum + k.exp_lowest, x)
-        return exp_scaled(x - (maximum + k.exp_center), x, -high, -(maximum - high), False)
+        less_one, scale = exp_less_one(x - (maximum + k.exp_center), x, -high, -(maximum - high), False)
+        return fma(less_one, scale, scale), less_one, scale
     scaled = maximum * t[0]
     high = (scaled + k.grid) - k.grid
     low = (scaled - high) + fma(maximum, t[1], fma(maximum, t[0], -scaled))
     quotient = x * t[0]
     at = quotient - (scaled + k.exp_center)
     quotient_lo = fma(x, t[0], -quotient) + fma(x, t[1], -low)
-    return select(at < k.exp_lowest, k.zero, exp_scaled(at, quotient, -high, quotient_lo, True))
+    less_one, scale = exp_less_one(at, quotient, -high, quotient_lo, True)
+    less_one, scale = select(at < k.exp_lowest, k.zero, less_one), select(at < k.exp_lowest, k.zero, scale)
+    return fma(less_one, scale, scale), less_one, scale
+
+
+@inlined
+def terms(x, maximum, t):
+    return parts_of(x, maximum, t)[0]
 
 
 @helper
@@ -1052,27 +1062,39 @@ def sum_of(e, n):
 
 
 @inlined
+def add_term(s, s_lo, term):
+    """A step of TwoSum in each lane; the errors of the sum and of rounding the term are one."""
+    value, less_one, scale = term
+    total = s + value
+    seen = total - s
+    return total, s_lo + ((s - (total - seen)) + fma(less_one, scale, scale - seen))
+
+
+@inlined
 def without_maximum(term, x, maximum):
-    """A term, but 0 for the maximum; and how many lanes are the maximum."""
-    hit = x == maximum
-    return select(hit, constants(x).zero, term), count(hit)
+    """A term, but 0 for the maximum; and which lanes are the maximum."""
+    hit, zero = x == maximum, constants(x).zero
+    return (select(hit, zero, term[0]), term[1], select(hit, zero, term[2])), hit
 
 
 @inlined
 def add_group(s, s_lo, maximum, t, xa, xb, xc, xd):
     """The terms of a group, added to the lanes without those of the maximum, which are counted; and the terms."""
     k = constants(maximum)
-    terms_ = terms(xa, maximum, t), terms(xb, maximum, t), terms(xc, maximum, t), terms(xd, maximum, t)
-    a, b, c, d = terms_
+    a, b, c, d = parts_of(xa, maximum, t), parts_of(xb, maximum, t), parts_of(xc, maximum, t), parts_of(xd, maximum, t)
+    kept = a[0], b[0], c[0], d[0]
     ones = k.zero
     if anywhere(largest(xa, xb, xc, xd) == maximum):
-        a, ones_a = without_maximum(a, xa, maximum)
-        b, ones_b = without_maximum(b, xb, maximum)
-        c, ones_c = without_maximum(c, xc, maximum)
-        d, ones_d = without_maximum(d, xd, maximum)
-        ones = (ones_a + ones_b) + (ones_c + ones_d)
-    s, lo = two_sum(s, (a + b) + (c + d))
-    return s, s_lo + lo, ones, terms_
+        a, hit_a = without_maximum(a, xa, maximum)
+        b, hit_b = without_maximum(b, xb, maximum)
+        c, hit_c = without_maximum(c, xc, maximum)
+        d, hit_d = without_maximum(d, xd, maximum)
+        ones = (count(hit_a) + count(hit_b)) + (count(hit_c) + count(hit_d))
+    s, s_lo = add_term(s, s_lo, a)
+    s, s_lo = add_term(s, s_lo, b)
+    s, s_lo = add_term(s, s_lo, c)
+    s, s_lo = add_term(s, s_lo, d)
+    return s, s_lo, ones, kept
 
 
 @inlined
@@ -1579,45 +1601,45 @@ def mask_tile(x, where, r, rows, fill):
 
 
 @inlined
-def tile_term(x, c, classes, origin, ones, keep):
-    """Step 1 for a class: its terms but for those of the maximum, which are counted; `keep` leaves all in place of the
-    logits. Without an origin, the numbers themselves."""
+def take_class(x, c, maximum, shift, t, ones, keep):
+    """The terms of a class but for those of the maximum, which are counted; `keep` leaves all in place of the logits."""
     k = constants(x[0])
-    if c >= classes:
-        return every_lane(k.zero), ones
-    line = line_at(x, c * k.lanes)
-    if origin is None:
-        return line, ones
-    near, shift, t = origin
-    logits = line - shift
-    term = terms(logits, near, t)
+    logits = line_at(x, c * k.lanes) - shift
+    term = parts_of(logits, maximum, t)
     if keep:
-        put_line(x, c * k.lanes, term)
-    hit = logits == near
-    return select(hit, k.zero, term), ones + select(hit, every_lane(k.one), k.zero)
+        put_line(x, c * k.lanes, term[0])
+    term, hit = without_maximum(term, logits, maximum)
+    return term, ones + select(hit, every_lane(k.one), k.zero)
 
 
 @helper
-def sum_tile(x, classes, origin=None, keep=False):
-    """The tree for every row: a pair of lines, and how often the maximum was met."""
+def plant_tile(x, classes, maximum, shift, t, keep, s, s_lo):
+    """Steps 1 and 2 for every row: the lanes, and how often the maximum was met. The first term of a lane is what adding it
+    to 0 would give."""
     k = constants(x[0])
-    s, s_lo = scratch(x[0], TREE_BYTES), scratch(x[0], TREE_BYTES)
     ones = every_lane(k.zero)
-    used = min(classes, k.lanes)
-    for first in range(0, classes, LINES * k.lanes):
-        for j in range(min(used, classes - first)):
-            c = first + j
-            a, ones = tile_term(x, c, classes, origin, ones, keep)
-            b, ones = tile_term(x, c + k.lanes, classes, origin, ones, keep)
-            third, ones = tile_term(x, c + 2 * k.lanes, classes, origin, ones, keep)
-            fourth, ones = tile_term(x, c + 3 * k.lanes, classes, origin, ones, keep)
-            total, total_lo = (a + b) + (third + fourth), every_lane(k.zero)
-            if first:
-                total, lo = two_sum(line_at(s, j * k.lanes), total)
-                total_lo = line_at(s_lo, j * k.lanes) + lo
-            put_line(s, j * k.lanes, total)
-            put_line(s_lo, j * k.lanes, total_lo)
-    half = k.lanes // 2
+    for j in range(min(classes, k.lanes)):
+        term, ones = take_class(x, j, maximum, shift, t, ones, keep)
+        total, total_lo = term[0], fma(term[1], term[2], term[2] - term[0])
+        for c in range(j + k.lanes, classes, k.lanes):
+            term, ones = take_class(x, c, maximum, shift, t, ones, keep)
+            total, total_lo = add_term(total, total_lo, term)
+        put_line(s, j * k.lanes, total)
+        put_line(s_lo, j * k.lanes, total_lo)
+    return ones
+
+
+@inlined
+def tile_line(x, c, classes):
+    k = constants(x[0])
+    return line_at(x, c * k.lanes) if c < classes else every_lane(k.zero)
+
+
+@helper
+def join_tree(s, s_lo, classes):
+    """Step 3 for every row: a pair of lines."""
+    k = constants(s[0])
+    used, half = min(classes, k.lanes), k.lanes // 2
     while half:
         for j in range(min(half, used - half)):
             total, lo = two_sum(line_at(s, j * k.lanes), line_at(s, (j + half) * k.lanes))
@@ -1627,7 +1649,26 @@ def sum_tile(x, classes, origin=None, keep=False):
         half //= 2
     total, total_lo = fast_two_sum(line_at(s, 0), line_at(s_lo, 0))
     whole = finite(line_at(s, 0))
-    return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero), ones
+    return select(whole, total, line_at(s, 0)), select(whole, total_lo, k.zero)
+
+
+@helper
+def sum_tile(x, classes):
+    """Steps 2 and 3 for numbers that are no exponentials."""
+    k = constants(x[0])
+    s, s_lo = scratch(x[0], TREE_BYTES), scratch(x[0], TREE_BYTES)
+    for first in range(0, classes, LINES * k.lanes):
+        for j in range(min(k.lanes, classes - first)):
+            c = first + j
+            head = tile_line(x, c, classes) + tile_line(x, c + k.lanes, classes)
+            tail = tile_line(x, c + 2 * k.lanes, classes) + tile_line(x, c + 3 * k.lanes, classes)
+            total, total_lo = head + tail, every_lane(k.zero)
+            if first:
+                total, lo = two_sum(line_at(s, j * k.lanes), total)
+                total_lo = line_at(s_lo, j * k.lanes) + lo
+            put_line(s, j * k.lanes, total)
+            put_line(s_lo, j * k.lanes, total_lo)
+    return join_tree(s, s_lo, classes)
 
 
 @helper
@@ -1675,12 +1716,14 @@ def line_term(x, maximum, t):
 @helper
 def reduce_loaded(x, classes, maximum, t, keep):
     """The sums of logits in x as pairs, and how often the maxima were met."""
+    s, s_lo = scratch(x[0], TREE_BYTES), scratch(x[0], TREE_BYTES)
     near = near_maximum(maximum, t)
     shift = maximum - near
     if is_plain(t):
-        total, total_lo, ones = sum_tile(x, classes, (near, shift, None), keep)
+        ones = plant_tile(x, classes, near, shift, None, keep, s, s_lo)
     else:
-        total, total_lo, ones = sum_tile(x, classes, (near, shift, t), keep)
+        ones = plant_tile(x, classes, near, shift, t, keep, s, s_lo)
+    total, total_lo = join_tree(s, s_lo, classes)
     total, total_lo = add_ones(total, total_lo, ones)
     total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
     return total, total_lo, ones
@@ -1945,13 +1988,13 @@ def dense_rows(logits, where, labels, out, begin, end):
             maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
             f = finish_row(maximum, total, total_lo)
             load_tile(e, labels, r, rows)
-            mass, mass_lo, _ = sum_tile(e, classes)
+            mass, mass_lo = sum_tile(e, classes)
             for c in range(0, classes * k.lanes, k.lanes):
                 product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
                 put_line(x, c, product)
                 put_line(e, c, product_lo)
-            dot, dot_lo, _ = sum_tile(x, classes)
-            low, _, _ = sum_tile(e, classes)
+            dot, dot_lo = sum_tile(x, classes)
+            low = sum_tile(e, classes)[0]
             store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
     blocks, weight = block_room(logits), section(x, 0, 0)
@@ -2071,17 +2114,17 @@ def loss_tiles(
         weights, distances = nothing, nothing
         if numbers.label_smoothing != k.zero:
             weights_tile(q, classes, weight, where, r, rows)
-            weights = sum_tile(q, classes)[:2]
+            weights = sum_tile(q, classes)
             origin = select(finite(maximum), maximum, k.zero)
             for c in range(0, size, lanes):
                 w = line_at(q, c)
                 put_line(q, c, select(w == k.zero, k.zero, w * (origin - line_at(x, c))))
-            distances = sum_tile(q, classes)[:2]
+            distances = sum_tile(q, classes)
         if hard:
             dot, mass = weigh(target, of_label, maximum), (of_label, every_lane(k.zero))
         else:
             targets_tile(q, probabilities, where, weight, r, rows)
-            mass = sum_tile(q, classes)[:2]
+            mass = sum_tile(q, classes)
             for c in range(0, size, lanes):
                 product, product_lo = weigh(line_at(x, c), line_at(q, c), maximum)
                 put_line(other, c, product)
@@ -2273,7 +2316,7 @@ def backward_rows(results, grad, log, out, begin, end):
                 line = line_at(g, c) if log else line_at(g, c) * line_at(p, c)
                 put_line(product, c, line)
                 put_line(low, c, every_lane(k.zero) if log else fma(line_at(g, c), line_at(p, c), -line))
-            hi, lo, _ = sum_tile(product, classes)
+            hi, lo = sum_tile(product, classes)
             lo = select(finite(hi), lo + sum_tile(low, classes)[0], k.zero)
             for c in range(0, classes * k.lanes, k.lanes):
                 put_line(p, c, slope_of(log, line_at(p, c), line_at(g, c), (hi, lo)))
@@ -2299,7 +2342,8 @@ def slope_of(log, p, g, total):
     k = constants(p)
     if log:
         at = p - k.exp_center
-        p = select(at < k.exp_lowest, k.zero, exp_scaled(at, p, k.zero, k.zero, False))
+        less_one, scale = exp_less_one(at, p, k.zero, k.zero, False)
+        p = select(at < k.exp_lowest, k.zero, fma(less_one, scale, scale))
         unscale = -k.one / k.exp_scale
         return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
     hi, lo = two_sum(g, -total[0])

@@ -220,11 +220,13 @@ def reduce(k, hi, lo):
 
 @device
 def exp_scaled(k, hi, lo):
-    """exp(hi + lo) * EXP_SCALE, for hi <= 0."""
+    """exp(hi + lo) * EXP_SCALE as a pair, for hi <= 0."""
     r, square, shifted = reduce(k, hi, lo)
-    scale = scale_of(shifted)
-    value = cuda.fma(cuda.fma(exp_tail(k, r, square), square, r), scale, scale)
-    return k.zero if hi < k.exp_lowest else value
+    less_one, scale = cuda.fma(exp_tail(k, r, square), square, r), scale_of(shifted)
+    if hi < k.exp_lowest:
+        return k.zero, k.zero
+    value = cuda.fma(less_one, scale, scale)
+    return value, cuda.fma(less_one, scale, scale - value)
 
 
 @device
@@ -240,10 +242,15 @@ def exp_pair(k, hi, lo):
 
 
 @device
-def term(k, x, maximum, t):
+def term_pair(k, x, maximum, t):
     """exp((x - maximum) / temperature) * EXP_SCALE."""
     hi, lo = exponent(x, maximum, t)
     return exp_scaled(k, hi, lo)
+
+
+@device
+def term(k, x, maximum, t):
+    return term_pair(k, x, maximum, t)[0]
 
 
 @device
@@ -252,7 +259,7 @@ def log1p_pair(k, hi, lo):
     n = power_of(one)
     down = scale_of(k.round_shift - n) / k.exp_scale
     f = one * down
-    z, z_lo = fast_two_sum(f - k.one, (one_lo + lo) * down)
+    z, z_lo = fast_two_sum(f - k.one, mul(one_lo, down))
     s = z / (k.two + z)
     half = k.half * z
     square = mul(half, z)
@@ -260,7 +267,7 @@ def log1p_pair(k, hi, lo):
     tail = k.atanh_tail[0]
     for coefficient in k.atanh_tail[1:]:
         tail = cuda.fma(tail, w, coefficient)
-    rest = s * (square + w * tail) - cuda.fma(half, z, -square) + z_lo / f
+    rest = s * (square + w * tail) - cuda.fma(half, z, -square) + cuda.fma(lo, down, z_lo) / f
     a, a_lo = fast_two_sum(z, -square)
     b, b_lo = two_sum(n * k.ln2_hi, a)
     return fast_two_sum(b, cuda.fma(n, k.ln2_lo, rest + (a_lo + b_lo)))
@@ -632,13 +639,13 @@ def gather(k, plan, row, x, other, where, weight, cap, t, smoothing, keep, tile,
             if kept(where, row, first + c):
                 at = np.uint32(row.start + c)
                 value = logit(k, tile, at, cap)
-                e = term(k, value, maximum, t)
+                e, e_lo = term_pair(k, value, maximum, t)
                 if keep:
                     tile[at] = e
                 is_largest = value == maximum  # exact, and one of them is left out of the sum
                 ones = np.uint32(ones + np.uint32(is_largest))
                 total, rest = two_sum(total, k.zero if is_largest else e)
-                total_lo += rest
+                total_lo += rest + (k.zero if is_largest else e_lo)
                 if where is not None:
                     count = np.uint32(count + np.uint32(1))
                 if other is not None:
@@ -890,7 +897,7 @@ def backward(k, plan, p, grad, log, out, tile, room):
                 difference, rest = two_sum(g, -hi)
                 value = at * (difference + (rest - lo))
             else:
-                e = exp_scaled(k, at, k.zero)
+                e = exp_scaled(k, at, k.zero)[0]
                 value = cuda.fma(e, -hi / k.exp_scale, cuda.fma(e, -lo / k.exp_scale, g))
             put(tile, np.uint32(row.start + c), value)
             c = np.uint32(c + row.lanes)
@@ -926,7 +933,7 @@ def score(k, plan, x, labels, t, status, outputs, tile, room, seats):
             load_both(plan, tile, row, x, None, first, n)
         while c < n:
             hi, lo = exponent(widen(k, tile[np.uint32(row.start + c)]), g.maximum, t)
-            e = exp_scaled(k, hi, lo)
+            e = exp_scaled(k, hi, lo)[0]
             sums = plus(sums, (k.zero if e == k.zero else -hi * e, k.zero))
             c = np.uint32(c + row.lanes)
         value, at = k.zero, np.int64(-1)
