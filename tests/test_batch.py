@@ -849,6 +849,19 @@ def test_an_error_on_a_worker_is_one_line(shards):
     assert done.stderr.splitlines()[-1] == "error: shards/1/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
+def test_workers_that_were_started_elsewhere(shards, tmp_path, monkeypatch):
+    """The files are named as seen from here."""
+    distributed = pytest.importorskip("distributed")
+    wanted = score(*shards, "--out", "alone")
+    with monkeypatch.context() as patch:
+        patch.chdir(os.sep)
+        cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    with cluster:
+        found = score(*shards, "--out", "shared", "--scheduler", cluster.scheduler_address)
+    assert found["mean loss"] == wanted["mean loss"]
+    assert contents("shared") == contents("alone")
+
+
 def test_an_address_of_no_kind(shards):
     pytest.importorskip("distributed")
     assert refused(*shards, "--out", "shared", "--scheduler", "no://one").startswith("no://one: no Dask scheduler there: ")

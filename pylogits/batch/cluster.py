@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,12 @@ def on_this_worker(function: Callable[..., T], part: Part) -> T:
     return function(part, done=partial(stop_with, get_worker()))
 
 
+def absolute(part: Part) -> Part:
+    """Return a part with the same files by their absolute paths."""
+    targets, out = (path and path.absolute() for path in (part.targets, part.out))
+    return replace(part, logits=part.logits.absolute(), targets=targets, out=out)
+
+
 @contextmanager
 def deaf_children() -> Iterator[None]:
     """Keep Ctrl-C from the processes that start meanwhile: a terminal sends it to all, but only this one shall act on it."""
@@ -41,12 +48,14 @@ def deaf_children() -> Iterator[None]:
 def on_workers(count: int, address: str | None) -> Iterator[Each[Any]]:
     """Call functions on a cluster: the one at `address`, or `count` processes that live as long as this context.
 
-    A part whose worker dies is given to another one. As a part's file is whole or not there, nothing else is lost.
+    A part whose worker dies is given to another one. As a part's file is whole or not there, nothing else is lost. Workers at
+    an address were started in folders of their own: they are told where files are from the root on.
     """
     try:
         from dask.distributed import Client, LocalCluster
     except ImportError:
         raise FileError("--workers", 'needs the package dask: pip install "pylogits[dask]"') from None
+    remote = address is not None
     with ExitStack() as stack:
         if address is None:
             threads = max(len(os.sched_getaffinity(0)) // count, 1)
@@ -66,6 +75,8 @@ def on_workers(count: int, address: str | None) -> Iterator[Each[Any]]:
             raise FileError(address, f"no Dask scheduler there: {error}") from None
 
         def each(function: Callable[[Part], T], parts: list[Part]) -> Iterable[T]:
+            if remote:
+                parts = [absolute(part) for part in parts]
             # Not pure: a file is written. Its own key would else be taken for the result of an earlier run.
             return (future.result() for future in client.map(partial(on_this_worker, function), parts, pure=False))
 
