@@ -356,6 +356,22 @@ static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *ta
 
 /* ---- entry points ---- */
 
+/* Has the highest bit where one of the labels, which lie side by side, is negative or above the last class, and not ignored.
+ * Two loops, as the compiler's vectors can do the first. */
+static uint64_t signs_of(const char *labels, int64_t count, int64_t classes, bool ignore, int64_t ignored)
+{
+  uint64_t signs = 0, label;
+  for (int64_t n = 0; !ignore && n < count; n++) {
+    memcpy(&label, labels + 8 * n, sizeof label);
+    signs |= label | ((uint64_t)classes - 1 - label);
+  }
+  for (int64_t n = 0; ignore && n < count; n++) {
+    memcpy(&label, labels + 8 * n, sizeof label);
+    signs |= label == (uint64_t)ignored ? 0 : label | ((uint64_t)classes - 1 - label);
+  }
+  return signs;
+}
+
 int64_t pl_find_bad_label(const struct pl_task *task)
 {
   const struct pl_view *labels = &task->labels;
@@ -364,15 +380,9 @@ int64_t pl_find_bad_label(const struct pl_task *task)
   const int64_t count = labels->data ? task->outer * picks * inner : 0;
   const bool ignore = task->losses.has_ignore_index;
   if ((inner == 1 || labels->inner == 8) && (picks == 1 || labels->classes == 8 * inner) &&
-      (task->outer == 1 || labels->outer == 8 * inner * picks)) {
-    uint64_t signs = 0; /* the highest bit is set by a negative label, and by one above the last class */
-    for (int64_t n = 0; n < count; n++) {
-      uint64_t label;
-      memcpy(&label, (const char *)labels->data + 8 * n, sizeof label);
-      signs |= label | ((uint64_t)task->classes - 1 - label);
-    }
-    if (signs >> 63 == 0) return -1;
-  }
+      (task->outer == 1 || labels->outer == 8 * inner * picks) &&
+      signs_of(labels->data, count, task->classes, ignore, task->losses.ignore_index) >> 63 == 0)
+    return -1;
   for (int64_t n = 0; n < count; n++) {
     const int64_t j = n % inner, k = n / inner % picks, i = n / inner / picks;
     int64_t label;
