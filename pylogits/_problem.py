@@ -16,7 +16,8 @@ from pylogits._rows import Array
 REDUCTIONS = ("none", "sum", "mean", "sum_over_batch_size", "sum_by_nonzero_weights")
 
 
-# Rows are taken so many at a time, for what is made of each (a loss, a label as int64, ...) not to add up to arrays.
+# Losses are summed so many at a time. Of more rows than these, half as many are taken at a time, for what is made of each (a
+# loss, a label as int64, ...) not to add up to arrays: all of them came to 1.25 MiB.
 ROWS_AT_A_TIME = 1 << 16
 
 Index = tuple[slice | int | EllipsisType, ...]
@@ -26,21 +27,21 @@ class Total:
     """A sum in float64 (longdouble for longdouble), of ROWS_AT_A_TIME numbers at a time, however they come."""
 
     def __init__(self, count: int, dtype: np.dtype[Any]) -> None:
-        self._pending = np.empty(min(count, 2 * ROWS_AT_A_TIME), dtype)
+        self._pending = np.empty(min(count, ROWS_AT_A_TIME + ROWS_AT_A_TIME // 2), dtype)
         self._filled = 0
         self._sum = np.zeros((), np.result_type(dtype, np.float64))
 
     @classmethod
     def of(cls, numbers: Array) -> "Total":
         total = cls(numbers.size, numbers.dtype)
-        for start in range(0, numbers.size, ROWS_AT_A_TIME):
-            some = numbers.reshape(-1)[start : start + ROWS_AT_A_TIME]
+        for start in range(0, numbers.size, ROWS_AT_A_TIME // 2):
+            some = numbers.reshape(-1)[start : start + ROWS_AT_A_TIME // 2]
             total.room(some.shape)[...] = some
             total.add(some)
         return total
 
     def room(self, shape: tuple[int, ...]) -> Array:
-        """Where the next numbers go, at most ROWS_AT_A_TIME, before they are counted by `add`."""
+        """Where the next numbers go, all or at most ROWS_AT_A_TIME // 2, before they are counted by `add`."""
         return self._pending[self._filled : self._filled + math.prod(shape)].reshape(shape)
 
     def add(self, numbers: Array) -> None:
@@ -96,11 +97,11 @@ class Problem(NamedTuple):
         )
 
     def parts(self) -> Iterator[tuple[Index, Index, "Problem"]]:
-        """Problems of at most ROWS_AT_A_TIME consecutive rows, with the indices of their rows and of their logits."""
+        """Problems of consecutive rows, with the indices of their rows and of their logits: all, or ROWS_AT_A_TIME // 2."""
         if math.prod(self.rows) <= ROWS_AT_A_TIME:
             yield (...,), (...,), self
             return
-        for index in _rows.pieces(self.rows, ROWS_AT_A_TIME):
+        for index in _rows.pieces(self.rows, ROWS_AT_A_TIME // 2):
             full = index if len(index) <= self.axis else (*index[: self.axis], slice(None), *index[self.axis :])
             part = self.part(index, full)
             below = sum(isinstance(one, int) for one in full[: self.axis])
