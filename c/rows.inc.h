@@ -4,8 +4,8 @@
  *   1. The row is cut into blocks of BLOCK elements. Each block has its maximum and the sum of exp(x - maximum) over all
  *      elements but one maximum: elements equal to it are counted, not added, and one is left out of the count.
  *   2. Inside a block, lane l of LANES adds up the terms whose index is l modulo LANES, in their order, with TwoSum. Missing
- *      terms are zeros, which change no bits. (Sums of what is no term: four at a time, plainly, as (a + b) + (c + d), and
- * these with TwoSum.)
+ *      terms are zeros, which change no bits. Sums of what is no term go by fours, plainly, as (a + b) + (c + d), and only
+ *      these with TwoSum.
  *   3. The lanes are joined by halves (l with l + LANES / 2, then / 4, ...), with TwoSum; then the count is added.
  *   4. The blocks are joined in index order, in pair arithmetic.
  * Nothing in it depends on the instruction set, on threads or on the rows around.

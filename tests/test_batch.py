@@ -849,7 +849,7 @@ def test_an_error_on_a_worker_is_one_line(shards):
     assert done.stderr.splitlines()[-1] == "error: shards/1/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
-def test_workers_that_were_started_elsewhere(shards, tmp_path, monkeypatch):
+def test_workers_that_were_started_elsewhere(shards, monkeypatch):
     """The files are named as seen from here."""
     distributed = pytest.importorskip("distributed")
     wanted = score(*shards, "--out", "alone")
