@@ -61,12 +61,12 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
 int64_t pl_find_bad_label(const struct pl_task *task);
 
 /* Rows of several blocks a part at a time, where pl_has_parts: as what needs no other pass over a row, like scores and
- * probabilities. Views are those of whole rows, but only the elements of blocks [first, last) need be there. `numbers` has room
- * for pl_numbers_size bytes a block and row, row by row: pl_reduce_part fills in those of its blocks; when all are there,
- * pl_join_parts joins them; then pl_write_part writes the part's results and, where first is 0, those that are one a row. */
+ * probabilities. Views are those of whole rows, but only the elements of blocks [first, last) need be there. `numbers` has
+ * pl_numbers_size bytes: pl_reduce_part fills in those of its blocks; when all are there, pl_join_parts joins them; then
+ * pl_write_part writes the part's results and, where first is 0, those that are one a row. */
 int pl_has_parts(const struct pl_task *task);
 int64_t pl_block(int dtype); /* elements */
-int64_t pl_numbers_size(int dtype);
+int64_t pl_numbers_size(const struct pl_task *task);
 void pl_reduce_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads);
 void pl_join_parts(const struct pl_task *task, void *numbers);
 int64_t pl_write_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads);

@@ -290,16 +290,22 @@ static int64_t block_count(const struct pl_parts *parts, const struct pl_task *t
 }
 
 /* Blocks [first, last) of each row, in pieces for each thread of the team: they are reduced, or their results are written.
- * Returns the worst status. */
+ * Returns the worst status. `keep`: terms stay in the result between the two. */
 struct part {
   int64_t first, last;
-  bool write;
+  bool write, keep;
 };
+
+/* The numbers of a row's blocks, and after them the row's. */
+static size_t row_numbers(const struct pl_parts *parts, const struct pl_task *task)
+{
+  return (size_t)(block_count(parts, task) + 1) * parts->numbers_size;
+}
 
 static int64_t run_team_on_part(const struct pl_parts *parts, const struct pl_task *task, struct part p, char *numbers,
                                 int threads)
 {
-  const int64_t rows = task->outer * task->inner, blocks = block_count(parts, task), count = p.last - p.first;
+  const int64_t rows = task->outer * task->inner, count = p.last - p.first;
   const int64_t wanted = (threads * PIECES_PER_THREAD + rows - 1) / rows; /* pieces of a row */
   const bool one_number = p.write && !pl_whole(task);                     /* a row, which is not worth sharing */
   const int64_t piece = threads == 1 || one_number ? count : (count + wanted - 1) / wanted;
@@ -317,12 +323,12 @@ static int64_t run_team_on_part(const struct pl_parts *parts, const struct pl_ta
     for (int64_t i = 0; i < rows * each; i++) {
       const int64_t r = i / each, first = p.first + i % each * piece;
       const int64_t last = first + piece < p.last ? first + piece : p.last;
-      char *of_row = numbers + (size_t)(r * blocks) * parts->numbers_size;
+      char *of_row = numbers + (size_t)r * row_numbers(parts, task);
       if (!p.write) {
-        parts->reduce(task, r, first, last, of_row);
+        parts->reduce(task, r, first, last, p.keep, of_row);
         continue;
       }
-      const int64_t found = parts->write(task, r, first, last, of_row);
+      const int64_t found = parts->write(task, r, first, last, p.keep, of_row);
       if (found != -1) {
 #ifdef _OPENMP
 #pragma omp critical(pl_status)
@@ -337,14 +343,14 @@ static int64_t run_team_on_part(const struct pl_parts *parts, const struct pl_ta
 
 static void join_parts(const struct pl_parts *parts, const struct pl_task *task, char *numbers)
 {
-  const size_t size = (size_t)block_count(parts, task) * parts->numbers_size;
+  const size_t size = row_numbers(parts, task);
   for (int64_t r = 0; r < task->outer * task->inner; r++) parts->join(task, numbers + (size_t)r * size);
 }
 
 static int64_t share_rows(const struct pl_parts *parts, const struct pl_task *task, int64_t rows, int threads)
 {
-  struct part all = {0, block_count(parts, task), false};
-  char *numbers = malloc((size_t)(rows * all.last) * parts->numbers_size);
+  struct part all = {0, block_count(parts, task), false, true};
+  char *numbers = malloc((size_t)rows * row_numbers(parts, task));
   if (!numbers) return -2;
   run_team_on_part(parts, task, all, numbers, threads);
   join_parts(parts, task, numbers);
@@ -440,9 +446,9 @@ int64_t pl_block(int dtype)
   return parts_of(current_isa()->kernels, dtype)->block;
 }
 
-int64_t pl_numbers_size(int dtype)
+int64_t pl_numbers_size(const struct pl_task *task)
 {
-  return (int64_t)parts_of(current_isa()->kernels, dtype)->numbers_size;
+  return task->outer * task->inner * (int64_t)row_numbers(parts_of(current_isa()->kernels, task->dtype), task);
 }
 
 static int64_t run_part(const struct pl_task *task, struct part p, void *numbers, int threads)
@@ -455,7 +461,7 @@ static int64_t run_part(const struct pl_task *task, struct part p, void *numbers
 
 void pl_reduce_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
 {
-  run_part(task, (struct part){first, last, false}, numbers, threads);
+  run_part(task, (struct part){first, last, false, false}, numbers, threads);
 }
 
 void pl_join_parts(const struct pl_task *task, void *numbers)
@@ -468,5 +474,5 @@ void pl_join_parts(const struct pl_task *task, void *numbers)
 
 int64_t pl_write_part(const struct pl_task *task, int64_t first, int64_t last, void *numbers, int threads)
 {
-  return run_part(task, (struct part){first, last, true}, numbers, threads);
+  return run_part(task, (struct part){first, last, true, false}, numbers, threads);
 }

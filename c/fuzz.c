@@ -452,7 +452,7 @@ static void run_parts(const struct plan *plan, int threads, int64_t bad)
 {
   struct pl_task task = plan->task;
   const int64_t block = pl_block(task.dtype), blocks = (task.classes + block - 1) / block, size = pl_itemsize(task.dtype);
-  void *numbers = malloc((size_t)(task.outer * task.inner * blocks * pl_numbers_size(task.dtype)));
+  void *numbers = malloc((size_t)pl_numbers_size(&task));
   if (!numbers) abort();
   for (int write = 0; write < 2; write++) {
     if (write) pl_join_parts(&task, numbers);

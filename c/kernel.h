@@ -24,14 +24,14 @@ static inline const struct pl_view *pl_whole(const struct pl_task *task)
 typedef int64_t pl_run_rows(const struct pl_task *task, int64_t begin, int64_t end);
 
 /* For a row longer than a block, a part at a time: some of its blocks are reduced to `numbers_size` bytes of numbers each; when
- * all are, they are joined, the row's in place of the first block's; then the results of some are written. Not for PL_SCORE,
- * the backward forms and probabilities. */
+ * all are, they are joined, the row's behind the last block's; then the results of some are written. What keeps the terms
+ * writes to a result's row from the beginning. Not for PL_SCORE, the backward forms and probabilities. */
 struct pl_parts {
   int64_t block; /* elements */
   size_t numbers_size;
-  void (*reduce)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *numbers);
+  void (*reduce)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, bool keep, void *numbers);
   void (*join)(const struct pl_task *task, void *numbers);
-  int64_t (*write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *numbers);
+  int64_t (*write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, bool kept, const void *numbers);
 };
 
 struct pl_kernels {

@@ -185,16 +185,18 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     } else if (line.minuses) {
       for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
     }
+    struct FN(line) of_block = line;
+    REAL shrink = 1;
     if (count == 1) {
       FN(scale_terms)(slot->e, result, n, &line);
     } else {
-      const REAL *x = FN(stage)(task, r, b * BLOCK, n, room, slopes);
-      FN(write_block)(x, room, result, n, slot->row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->e));
+      of_block = FN(line_of)(&line, slot->blocks[b].max, slot->row.max, t, &shrink);
+      FN(scale_block)(FN(terms_of)(task, r, b, end, t, slot, slopes), result, n, &of_block, shrink);
     }
     if (at >= 0 && at < n) {
-      const REAL of_label = of_class ? of_class[at] : 1;
+      const REAL of_label = of_class ? of_class[at] : 1, term = label_term * shrink;
       const REAL minus = FMA(of_label, loss->keep, of_label * loss->even);
-      result[at] = FMA(label_term, line.factor, FMA(label_term, line.factor_lo, -minus));
+      result[at] = FMA(term, of_block.factor, FMA(term, of_block.factor_lo, -minus));
     }
     for (int64_t c = 0; softcap && c < n; c++) result[c] *= slopes[c];
     FN(mask_block)(task, where, b, result, n, 0);
@@ -239,7 +241,8 @@ static int64_t FN(write_loss)(const struct pl_task *task, int64_t r, int64_t fir
     }
     mass.hi = weight ? weight[label] : 1;
     dot = FN(weigh_label)(spread->target, mass.hi, max);
-    if (grad) label_term = task->classes <= BLOCK ? slot->e[label] : FN(term)(spread->target, max, t);
+    if (grad)
+      label_term = task->classes <= BLOCK ? slot->e[label] : FN(term)(spread->target, slot->blocks[label / BLOCK].max, t);
   } else {
     FN(dot_targets)(task, r, slot->x, max, slot, &dot, &mass);
   }

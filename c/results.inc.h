@@ -135,21 +135,6 @@ static inline REAL FN(brier)(REAL term, REAL sum, REAL squares, REAL scaled_reci
   return FMA(sum, sum, squares) * reciprocal * reciprocal + 2 * below * reciprocal;
 }
 
-/* The outputs of PL_SCORE for row r. */
-static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(row) * row, struct FN(closing) f,
-                          struct FN(temperature) t, const REAL *top_x, const int64_t *top_index)
-{
-  const int64_t k = task->picks;
-  ((REAL *)task->logsumexp)[r] = FN(log_sum)(row->max, row->sum, f, t);
-  ((REAL *)task->entropy)[r] = f.log1p + row->dot * (f.reciprocal * EXP_SCALE);
-  for (int64_t i = 0; i < k; i++) {
-    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability)(FN(term)(top_x[i], row->max, t), f);
-    task->top_k_indices[r * k + i] = top_index[i];
-  }
-  ((REAL *)task->confidence)[r] = ((REAL *)task->top_k_probabilities)[r * k];
-  task->prediction[r] = top_index[0];
-}
-
 /* The second pass over a row: from its terms e, factor * e - minus. */
 struct FN(line) {
   REAL factor, factor_lo;
@@ -182,43 +167,78 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct
   }
 }
 
-/* From logits. */
-INLINE void FN(write_terms)(const REAL *x, REAL *result, int64_t n, const struct FN(origin) * o, const struct FN(line) * line,
-                            const REAL *next)
+/* ---- rows of several blocks ---- */
+
+/* The terms of a block are relative to its own maximum, and to be multiplied by exp(that - the row's). A factor that would be
+ * near the smallest numbers is multiplied by EXP_SCALE, and the terms divided by it, whose small ones then count for nothing.
+ */
+static struct FN(line)
+    FN(line_of)(const struct FN(line) * of_row, REAL max, REAL row_max, struct FN(temperature) t, REAL *shrink)
 {
-  int64_t c = 0;
-  for (; c + GROUP <= n; c += GROUP) {
-    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(next + c + i * LANES);
-#pragma GCC unroll 4
-    for (int v = 0; v < GROUP; v += VEC_LANES) {
-      const VEC minus = line->minuses ? FN(vec_load)(line->minuses + c + v) : FN(vec_fill)(line->minus);
-      FN(vec_store)(result + c + v, FN(along)(FN(terms)(FN(vec_load)(x + c + v), o), line, minus));
-    }
+  struct FN(line) line = *of_row;
+  *shrink = 1;
+  if (!FN(finite)(max)) return line; /* all terms are 0 */
+  REAL lo;
+  struct FN(pair) factor = {line.factor, line.factor_lo}, below;
+  const REAL distance = FN(exponent)(max, row_max, t.inverse, t.inverse_lo, &lo);
+  below.hi = FN(exp_pair)(distance, lo, &below.lo);
+  factor = FN(times)(factor, below);
+  if (factor.hi < SMALL && factor.hi > -SMALL) {
+    *shrink = 1 / EXP_SCALE;
+  } else {
+    factor = (struct FN(pair)){factor.hi / EXP_SCALE, factor.lo / EXP_SCALE};
   }
-  for (; c < n; c += VEC_LANES) {
-    const int64_t part = FN(part)(n, c);
-    const VEC term = FN(terms)(FN(vec_load_part)(x + c, part, FN(vec_fill)(0)), o);
-    FN(vec_store_part)(result + c, part, FN(along)(term, line, FN(minus_at)(line, c, part)));
-  }
+  line.factor = factor.hi;
+  line.factor_lo = factor.lo;
+  return line;
 }
 
-static void FN(write_block)(const REAL *x, REAL *room, REAL *result, int64_t n, REAL max, struct FN(temperature) t,
-                            const struct FN(line) * given, const REAL *next)
+/* The results of a block from its terms, which are lost. */
+static void FN(scale_block)(REAL *e, REAL *result, int64_t n, const struct FN(line) * line, REAL shrink)
 {
-  struct FN(line) line = *given;
-  x = FN(come_near)(x, n, &max, t, room);
-  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
-  if (!o.plain) {
-    FN(write_terms)(x, result, n, &o, &line, next);
-    return;
+  for (int64_t c = 0; shrink != 1 && c < n; c++) e[c] *= shrink;
+  FN(scale_terms)(e, result, n, line);
+}
+
+/* The terms of block b, where they are kept; else computed again. `slopes`: of the softcap, where there is one. */
+static REAL *FN(terms_of)(const struct pl_task *task, int64_t r, int64_t b, int64_t end, struct FN(temperature) t,
+                          const struct FN(slot) * slot, REAL *slopes)
+{
+  const int64_t n = FN(block_length)(task, b);
+  const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room), *x = NULL;
+  if (!slot->terms || task->losses.softcap) x = FN(stage)(task, r, b * BLOCK, n, slot->room, slopes);
+  if (slot->terms) return slot->terms + b * BLOCK;
+  FN(repeat_terms)(x, slot->e, n, slot->blocks[b].max, t, next);
+  return slot->e;
+}
+
+/* The probability of class c, whose logit is x: as softmax has it. */
+static REAL FN(probability_at)(const struct FN(slot) * slot, int64_t c, REAL x, struct FN(closing) f, struct FN(temperature) t)
+{
+  struct FN(line) line = {f.reciprocal, f.reciprocal_lo, 0, NULL};
+  REAL max = slot->row.max, shrink = 1;
+  if (slot->blocks) {
+    max = slot->blocks[c / BLOCK].max;
+    line = FN(line_of)(&line, max, slot->row.max, t, &shrink);
   }
-  o.plain = true; /* as the compiler now knows */
-  if (line.minuses) {
-    FN(write_terms)(x, result, n, &o, &line, next);
-  } else {
-    line.minuses = NULL;
-    FN(write_terms)(x, result, n, &o, &line, next);
+  const REAL e = FN(term)(x, max, t) * shrink;
+  return FMA(e, line.factor, e * line.factor_lo);
+}
+
+/* The outputs of PL_SCORE for row r. */
+static void FN(score_row)(const struct pl_task *task, int64_t r, const struct FN(slot) * slot, struct FN(closing) f,
+                          struct FN(temperature) t)
+{
+  const struct FN(row) *row = &slot->row;
+  const int64_t k = task->picks, *top_index = slot->top_index;
+  ((REAL *)task->logsumexp)[r] = FN(log_sum)(row->max, row->sum, f, t);
+  ((REAL *)task->entropy)[r] = f.log1p + row->dot * (f.reciprocal * EXP_SCALE);
+  for (int64_t i = 0; i < k; i++) {
+    ((REAL *)task->top_k_probabilities)[r * k + i] = FN(probability_at)(slot, top_index[i], slot->top_x[i], f, t);
+    task->top_k_indices[r * k + i] = top_index[i];
   }
+  ((REAL *)task->confidence)[r] = ((REAL *)task->top_k_probabilities)[r * k];
+  task->prediction[r] = top_index[0];
 }
 
 /* A result that is as long as the row. A block of it is made at its place, or in `room` and then put there. */
@@ -269,7 +289,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
   const char *where = FN(row_at)(task, &task->where, r);
   char *out = FN(row_at)(task, &task->out, r);
   const REAL *x = slot->x;
-  REAL *room = slot->room, *e = slot->e;
+  REAL *room = slot->room;
   const struct FN(row) row = slot->row;
   const bool scoring = task->operation == PL_SCORE, log = task->operation == PL_LOG_SOFTMAX;
   int64_t bad = -1;
@@ -278,7 +298,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
     FN(store)(out, FN(log_sum)(row.max, row.sum, f, t), task->out_dtype);
     return -1;
   }
-  if (scoring) FN(score_row)(task, r, &row, f, t, slot->top_x, slot->top_index);
+  if (scoring) FN(score_row)(task, r, slot, f, t);
 
   if (task->labels.data) {
     for (int64_t k = 0; k < (scoring ? 1 : task->picks); k++) {
@@ -305,13 +325,15 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     REAL *result = FN(place)(&sink, b, room);
-    if (count > 1) x = FN(stage)(task, r, b * BLOCK, n, room, NULL);
     if (log) {
+      if (count > 1) x = FN(stage)(task, r, b * BLOCK, n, room, NULL);
       FN(write_logs)(x, result, n, row.max, f, t);
     } else if (count == 1) {
-      FN(scale_terms)(e, result, n, &line);
+      FN(scale_terms)(slot->e, result, n, &line);
     } else {
-      FN(write_block)(x, room, result, n, row.max, t, &line, FN(next_block)(task, r, (b + 1) * BLOCK, end, e));
+      REAL shrink;
+      const struct FN(line) of_block = FN(line_of)(&line, slot->blocks[b].max, row.max, t, &shrink);
+      FN(scale_block)(FN(terms_of)(task, r, b, end, t, slot, NULL), result, n, &of_block, shrink);
     }
     FN(mask_block)(task, where, b, result, n, log ? -INFINITY : 0);
     FN(put)(&sink, b, room, n);

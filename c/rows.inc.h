@@ -405,9 +405,11 @@ INLINE VEC FN(terms)(VEC x, const struct FN(origin) * o)
   return FN(parts_of)(x, o).value;
 }
 
+/* The term of one logit; 0 where there is no finite maximum. */
 static REAL FN(term)(REAL x, REAL max, struct FN(temperature) t)
 {
   REAL lanes[VEC_LANES];
+  if (!FN(finite)(max)) return 0;
   const bool far = FN(is_far)(max, t);
   const struct FN(origin) o = FN(origin_at)(FN(vec_fill)(far ? 0 : max), t);
   FN(vec_store)(lanes, FN(terms)(FN(vec_fill)(far ? x - max : x), &o));
@@ -639,7 +641,7 @@ static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, in
   block->ones = 1;
   if (!FN(finite)(max)) {
     block->lanes.sum[0] = FN(vec_fill)(FN(nan_or_zero)(x, n));
-    for (int64_t c = 0; keep && c < n; c++) e[c] = NAN;
+    for (int64_t c = 0; keep && c < n; c++) e[c] = 0;
     return;
   }
   x = FN(come_near)(x, n, &max, t, e);
@@ -651,6 +653,35 @@ static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, in
   o.plain = true; /* as the compiler now knows */
   block->ones = keep ? FN(add_terms)(&block->lanes, x, e, n, &o, true, next, to)
                      : FN(add_terms)(&block->lanes, x, e, n, &o, false, next, to);
+}
+
+/* The terms alone of a block that went through the steps before. */
+
+INLINE void FN(repeat_each)(const REAL *x, REAL *e, int64_t n, const struct FN(origin) * o, const REAL *next)
+{
+  int64_t c = 0;
+  for (; c + GROUP <= n; c += GROUP) {
+    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(next + c + i * LANES);
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUP; v += VEC_LANES) FN(vec_store)(e + c + v, FN(terms)(FN(vec_load)(x + c + v), o));
+  }
+  for (; c < n; c += VEC_LANES) FN(vec_store)(e + c, FN(terms)(FN(vec_load_part)(x + c, FN(part)(n, c), FN(vec_fill)(0)), o));
+}
+
+static void FN(repeat_terms)(const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t, const REAL *next)
+{
+  if (!FN(finite)(max)) {
+    memset(e, 0, (size_t)n * sizeof(REAL));
+    return;
+  }
+  x = FN(come_near)(x, n, &max, t, e);
+  struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
+  if (o.plain) {
+    o.plain = true; /* as the compiler now knows */
+    FN(repeat_each)(x, e, n, &o, next);
+  } else {
+    FN(repeat_each)(x, e, n, &o, next);
+  }
 }
 
 /* Step 3. */
@@ -870,6 +901,8 @@ static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_
 struct FN(slot) {
   struct FN(block) block;
   struct FN(row) row;
+  const struct FN(row) * blocks; /* of a row that has several */
+  REAL *terms;                   /* of all of them, where they are kept; else NULL */
   const REAL *x;
   REAL *room, *e;      /* of a block each: logits, and terms */
   REAL *first, *other; /* PL_CROSS_ENTROPY: the same, for anything else */
@@ -882,13 +915,6 @@ struct FN(slot) {
 static inline bool FN(keeps_terms)(const struct pl_task *task)
 {
   return task->operation == PL_SOFTMAX || (task->operation == PL_CROSS_ENTROPY && task->losses.grad.data);
-}
-
-static void FN(start)(const struct pl_task *task, int64_t b, REAL max, struct FN(temperature) t, const REAL *next,
-                      const REAL *to, struct FN(slot) * slot)
-{
-  const bool keep = task->operation == PL_SCORE || (FN(keeps_terms)(task) && task->classes <= BLOCK);
-  FN(start_block)(&slot->block, slot->x, slot->e, FN(block_length)(task, b), max, t, next, to, keep);
 }
 
 /* PL_SCORE: the rest of a block that is finished. */
@@ -992,7 +1018,8 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   }
   const bool near = FN(all_near)(max, rows, t);
   if (!near) {
-    for (int64_t i = 0; i < rows; i++) FN(start)(task, 0, max[i], t, next[i], to[i], &slots[i]);
+    for (int64_t i = 0; i < rows; i++)
+      FN(start_block)(&slots[i].block, slots[i].x, slots[i].e, n, max[i], t, next[i], to[i], keep);
   } else if (keep) {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, true);
   } else {
@@ -1013,10 +1040,13 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
+    REAL *kept = slot->terms ? slot->terms + b * BLOCK : NULL;
+    REAL *e = kept && n % GROUP == 0 ? kept : slot->e; /* whole groups are written */
     slot->x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->row.spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
-    FN(start)(task, b, max, t, next, next, slot);
+    FN(start_block)(&slot->block, slot->x, e, n, max, t, next, kept ? kept + BLOCK : next, kept || task->operation == PL_SCORE);
+    if (kept && e != kept) memcpy(kept, e, (size_t)n * sizeof(REAL));
     FN(finish_block)(&slot->block, &slot->row);
     if (task->operation == PL_SCORE) FN(score_block)(task, b, t, slot);
     blocks[b] = slot->row;

@@ -57,7 +57,7 @@ static int64_t FN(run_tall_tiles)(const struct pl_task *task, int64_t begin, int
     tile.rows = end - tile.r < LANES ? end - tile.r : LANES;
     FN(reduce_tall_tile)(task, &tile, t, blocks);
     FN(close_rows)(task->operation, tile.max, tile.sum, tile.sum_lo, &tile.f);
-    if (whole) FN(write_tall_tile)(task, &tile, t);
+    if (whole) FN(write_tall_tile)(task, &tile, t, blocks);
     for (int64_t l = 0; !whole && l < tile.rows; l++) {
       slot.row = (struct FN(row)){.max = tile.max[l], .sum = tile.sum[l], .sum_lo = tile.sum_lo[l]};
       const int64_t found = FN(write_row)(task, tile.r + l, 0, count, end, t, &slot, FN(closing_of)(&tile.f, l));
@@ -89,6 +89,22 @@ static int64_t FN(write)(const struct pl_task *task, int64_t r, int64_t first, i
 {
   if (task->operation == PL_CROSS_ENTROPY) return FN(write_loss)(task, r, first, last, end, t, slot, f);
   return FN(write_row)(task, r, first, last, end, t, slot, f);
+}
+
+/* Where the terms of row r, which has several blocks, are kept until their sum is known: in the result's last row under way, as
+ * another that holds them stays in the cache and is written once; in its own, where the result takes the place of the logits.
+ * NULL: nowhere, as what lies there is needed, or is not of this type. */
+static REAL *FN(place_of_terms)(const struct pl_task *task, int64_t r, int64_t end)
+{
+  const struct pl_view *whole = pl_whole(task);
+  if (!FN(keeps_terms)(task) || whole->classes != (int64_t)sizeof(REAL)) return NULL;
+  if (task->operation == PL_CROSS_ENTROPY) {
+    if (task->dtype != NATIVE_DTYPE || whole->data == task->logits.data) return NULL;
+    if (whole->data == task->losses.probabilities.data) return NULL;
+  } else if (task->out_dtype != NATIVE_DTYPE) {
+    return NULL;
+  }
+  return (REAL *)(void *)FN(row_at)(task, whole, whole->data == task->logits.data ? r : end - 1);
 }
 
 static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
@@ -135,6 +151,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   if (kept && !(top_index = malloc((size_t)(batch * kept) * sizeof *top_index))) bad = -2;
   if (kept && !(top_x = malloc((size_t)(batch * kept) * sizeof *top_x))) bad = -2;
   for (int64_t i = 0; i < batch; i++) {
+    slots[i].blocks = joined;
+    slots[i].terms = NULL;
     slots[i].row.dot = slots[i].row.squares = 0; /* only PL_SCORE has them */
     FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index ? top_index + i * kept : NULL;
@@ -147,6 +165,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     if (blocks == 1) {
       FN(reduce_short_rows)(task, r, rows, end, t, slots);
     } else {
+      slots->terms = FN(place_of_terms)(task, r, end);
       FN(reduce_blocks)(task, r, 0, blocks, end, t, slots, joined);
       slots->row = FN(join_row)(task, joined, t);
     }
@@ -171,28 +190,31 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
 
 /* Part of a long row. */
 
-static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, void *blocks)
+static void FN(reduce_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, bool keep, void *blocks)
 {
   REAL scratch[2 * ROOM];
   struct FN(slot) slot = {0};
   FN(give_room)(&slot, scratch, 0);
+  slot.terms = keep ? FN(place_of_terms)(task, r, r + 1) : NULL;
   FN(reduce_blocks)(task, r, first, last, r + 1, FN(invert)(task), &slot, blocks);
 }
 
 static void FN(join_parts)(const struct pl_task *task, void *blocks)
 {
   struct FN(row) *row = blocks;
-  *row = FN(join_row)(task, row, FN(invert)(task));
+  row[FN(block_count)(task)] = FN(join_row)(task, row, FN(invert)(task));
 }
 
-static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, const void *row)
+static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, bool kept, const void *blocks)
 {
   REAL scratch[2 * ROOM];
   struct FN(closings) f;
   const struct FN(temperature) t = FN(invert)(task);
   struct FN(slot) slot = {0};
   FN(give_room)(&slot, scratch, 0);
-  slot.row = *(const struct FN(row) *)row;
+  slot.blocks = blocks;
+  slot.row = slot.blocks[FN(block_count)(task)];
+  slot.terms = kept ? FN(place_of_terms)(task, r, r + 1) : NULL;
   REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
   FN(close_rows)(task->operation, max, sum, sum_lo, &f);
   const int64_t bad = FN(write)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));

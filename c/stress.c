@@ -58,7 +58,7 @@ static void run_parts(int threads, double *losses)
   task.labels = (struct pl_view){labels, 8, 8, 8};
   task.out = (struct pl_view){losses, 8, 8, 8};
   task.losses.scale = 1;
-  void *numbers = malloc((size_t)(rows * (classes / block + 1) * pl_numbers_size(PL_FLOAT64)));
+  void *numbers = malloc((size_t)pl_numbers_size(&task));
   if (!numbers) abort();
   pl_reduce_part(&task, 1, classes / block + 1, numbers, threads);
   pl_reduce_part(&task, 0, 1, numbers, threads);

@@ -822,20 +822,45 @@ static void FN(reduce_tall_tile)(const struct pl_task *task, struct FN(tile) * t
   }
 }
 
-/* softmax and log_softmax, a block at a time. */
-static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
+/* From logits to probabilities, block b. */
+static void FN(soften_block)(const struct FN(tile) * tile, int64_t b, int64_t count, int64_t classes, struct FN(temperature) t,
+                             const struct FN(row) * blocks)
 {
+  struct FN(tree) tree;
+  struct FN(closings) f;
+  REAL max[LANES], shrink[LANES], ones[LANES];
+  bool shrinks = false;
+  for (int64_t l = 0; l < LANES; l++) {
+    const int64_t row = l < tile->rows ? l : 0; /* missing rows are as the first */
+    const REAL of_row = tile->max[row], of_block = blocks[row * count + b].max;
+    const struct FN(line) of_terms = {tile->f.reciprocal[row], tile->f.reciprocal_lo[row], 0, NULL};
+    const struct FN(line) line = FN(line_of)(&of_terms, of_block, of_row, t, &shrink[l]);
+    max[l] = FN(finite)(of_block) ? of_block : of_row;
+    f.reciprocal[l] = line.factor;
+    f.reciprocal_lo[l] = line.factor_lo;
+    shrinks |= shrink[l] != 1;
+  }
+  FN(plant_tile)(tile->x, classes, t, true, max, &tree, ones);
+  for (int64_t c = 0; shrinks && c < classes; c++)
+    for (int l = 0; l < LANES; l++) tile->x[c * LANES + l] *= shrink[l];
+  FN(scale_tile)(tile->x, classes, &f);
+}
+
+/* softmax and log_softmax, a block at a time. */
+static void FN(write_tall_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t,
+                                const struct FN(row) * blocks)
+{
+  const int64_t count = FN(block_count)(task);
   const bool log = task->operation == PL_LOG_SOFTMAX;
-  REAL *x = tile->x, ones[LANES];
-  for (int64_t b = 0; b < FN(block_count)(task); b++) {
+  REAL *x = tile->x;
+  for (int64_t b = 0; b < count; b++) {
     const struct pl_task part = FN(block_task)(task, b);
     FN(load_tile)(&part, &part.logits, part.dtype, tile->r, tile->rows, x);
     if (log) {
       FN(log_tile)(x, part.classes, tile->max, &tile->f, t);
     } else {
       FN(mask_tile)(&part, tile->r, tile->rows, x, -INFINITY);
-      FN(plant_tile)(x, part.classes, t, true, tile->max, &tile->tree, ones);
-      FN(scale_tile)(x, part.classes, &tile->f);
+      FN(soften_block)(tile, b, count, part.classes, t, blocks);
     }
     FN(mask_tile)(&part, tile->r, tile->rows, x, log ? -INFINITY : 0);
     FN(store_tile)(&part, &part.out, part.out_dtype, tile->r, tile->rows, x);

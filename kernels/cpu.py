@@ -49,12 +49,12 @@ ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest grid far round_shift log2_e "
+    "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest small grid far round_shift log2_e "
     "ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
-def _constants(real, exp_scale, exp_lowest, grid, far, round_shift, ln2, exp_tail, atanh_terms):
+def _constants(real, exp_scale, exp_lowest, small, grid, far, round_shift, ln2, exp_tail, atanh_terms):
     def number(text):
         return real(float.fromhex(text))
 
@@ -72,6 +72,7 @@ def _constants(real, exp_scale, exp_lowest, grid, far, round_shift, ln2, exp_tai
         exp_scale=real(exp_scale),
         exp_center=real(0.0588915),
         exp_lowest=real(exp_lowest),
+        small=real(small),
         grid=real(grid),
         far=real(far),
         round_shift=real(round_shift),
@@ -87,6 +88,7 @@ _F32 = _constants(
     np.float32,
     exp_scale=2.0**64,
     exp_lowest=-132.35,
+    small=2.0**-55,
     grid=1.5 * 2**23 * 2.0**-13,
     far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
@@ -99,6 +101,7 @@ _F64 = _constants(
     np.float64,
     exp_scale=2.0**512,
     exp_lowest=-1063.9,
+    small=2.0**-500,
     grid=1.5 * 2**52 * 2.0**-33,
     far=4096,
     round_shift=1.5 * 2**52 + 1023 + 512,
@@ -856,6 +859,9 @@ def terms(x, maximum, t):
 
 @helper
 def term(x, maximum, t):
+    """0 where there is no finite maximum."""
+    if not finite(maximum):
+        return constants(x).zero
     if is_far(maximum, t):
         x, maximum = x - maximum, maximum - maximum
     return terms(x, maximum, None) if is_plain(t) else terms(x, maximum, t)
@@ -1795,27 +1801,42 @@ def scale_terms(e, factor, minuses, minus, result):
 
 
 @helper
-def write_near_terms(x, maximum, t, factor, minuses, minus, result):
+def write_near_terms(x, maximum, t, factor, shrink, minuses, minus, result):
     k = constants(maximum)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(terms(line_at(x, c), maximum, t), factor, minus_at(minuses, c, minus)))
+        put_line(result, c, along(terms(line_at(x, c), maximum, t) * shrink, factor, minus_at(minuses, c, minus)))
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        line = along(terms(part, maximum, t), factor, minus_at(minuses, whole, minus))
+        line = along(terms(part, maximum, t) * shrink, factor, minus_at(minuses, whole, minus))
         put_part(result, whole, x.size - whole, line)
 
 
 @helper
-def write_terms(x, room, maximum, t, factor, minuses, minus, result):
-    """The same from logits."""
+def write_terms(x, room, maximum, t, scaling, minuses, minus, result):
+    """The same from the logits of a block, whose maximum and what scaling_of said are given."""
+    factor, shrink = scaling[:2], scaling[2]
     if is_far(maximum, t):
         come_near(x, maximum, room)
         x, maximum = section(room, 0, x.size), maximum - maximum
     if is_plain(t):
-        write_near_terms(x, maximum, None, factor, minuses, minus, result)
+        write_near_terms(x, maximum, None, factor, shrink, minuses, minus, result)
     else:
-        write_near_terms(x, maximum, t, factor, minuses, minus, result)
+        write_near_terms(x, maximum, t, factor, shrink, minuses, minus, result)
+
+
+@helper
+def scaling_of(factor, maximum, of_row, t):
+    """What the terms of a block, relative to its own maximum, are multiplied with to be those of the row: a factor as a pair,
+    and before it a number (line_of in c/results.inc.h)."""
+    k = constants(maximum)
+    if not finite(maximum):
+        return factor[0], factor[1], k.one
+    distance, lo = exponent(maximum, of_row, t[0], t[1])
+    hi, lo = times(factor, exp_pair(distance, lo))
+    if -k.small < hi < k.small:
+        return hi, lo, k.one / k.exp_scale
+    return hi / k.exp_scale, lo / k.exp_scale, k.one
 
 
 @inlined
@@ -1888,7 +1909,10 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             elif log:
                 write_log_probabilities(stage(logits, where, r, first, x), maximum, f, t, result)
             else:
-                write_terms(stage(logits, where, r, first, x), e, maximum, t, f[2:], None, k.zero, result)
+                of_block = blocks[first // k.block, 0]
+                scaling = scaling_of(f[2:], of_block, maximum, t)
+                of_block = of_block if finite(of_block) else maximum
+                write_terms(stage(logits, where, r, first, x), e, of_block, t, scaling, None, k.zero, result)
             mask(result, target.size, where, r, first, masked)
             if not direct:
                 store(target, x)
@@ -2007,7 +2031,9 @@ def dense_rows(logits, where, labels, out, begin, end):
 
 
 @allocating
-def write_slopes(logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, e, q, slopes, grad):
+def write_slopes(
+    logits, where, probabilities, weight, numbers, label, r, maximum, blocks, t, spread, loss, x, e, q, slopes, grad
+):
     """The gradient of a row. Its terms are in e, if it has one block only."""
     k = constants(maximum)
     cap = cap_of(numbers)
@@ -2025,12 +2051,16 @@ def write_slopes(logits, where, probabilities, weight, numbers, label, r, maximu
         if numbers.softcap != k.zero:  # before the logits may be overwritten
             load(slopes, block_of(logits, r, first))
             cap_row(slopes, n, cap, True)
+        of_block = blocks[first // k.block, 0]
+        scaling = loss.factor[0], loss.factor[1], k.one
         if logits.shape[1] > k.block:
             staged = stage(logits, where, r, first, x, cap)
+            scaling = scaling_of(loss.factor, of_block, maximum, t)
+            near = of_block if finite(of_block) else maximum
             if soft or weighted:
-                write_terms(staged, e, maximum, t, loss.factor, q, k.zero, result)
+                write_terms(staged, e, near, t, scaling, q, k.zero, result)
             else:
-                write_terms(staged, e, maximum, t, loss.factor, None, loss.even, result)
+                write_terms(staged, e, near, t, scaling, None, loss.even, result)
         elif soft or weighted:
             scale_terms(e, loss.factor, q, k.zero, result)
         else:
@@ -2038,8 +2068,8 @@ def write_slopes(logits, where, probabilities, weight, numbers, label, r, maximu
         if first <= label < first + n:
             of_label = weight[label] if weight.size else k.one
             minus = fma(of_label, loss.keep, of_label * loss.even)
-            term_ = e[label] if logits.shape[1] <= k.block else term(spread.target, maximum, t)
-            result[label - first] = along(term_, loss.factor, minus)
+            term_ = e[label] if logits.shape[1] <= k.block else term(spread.target, of_block, t)
+            result[label - first] = along(term_ * scaling[2], scaling[:2], minus)
         if numbers.softcap != k.zero:
             for c in range(n):
                 result[c] *= slopes[c]
@@ -2247,7 +2277,23 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             if grad.size:
                 kept = section(e, lane * size, size)
                 write_slopes(
-                    logits, where, probabilities, weight, numbers, label, r, maximum, t, spread, loss, x, kept, q, slopes, grad
+                    logits,
+                    where,
+                    probabilities,
+                    weight,
+                    numbers,
+                    label,
+                    r,
+                    maximum,
+                    blocks,
+                    t,
+                    spread,
+                    loss,
+                    x,
+                    kept,
+                    q,
+                    slopes,
+                    grad,
                 )
 
 
@@ -2488,7 +2534,9 @@ def score_rows(
         logsumexp[i, j] = log_sum(maximum, total, f, t)
         entropy[i, j] = f[0] + dot * (f[2] * k.exp_scale)
         for place in range(top_x.size):
-            top_probabilities[i, j, place] = probability(term(top_x[place], maximum, t), f)
+            of_block = blocks[top_index[place] // k.block, 0]
+            scaling = scaling_of(f[2:], of_block, maximum, t)
+            top_probabilities[i, j, place] = along(term(top_x[place], of_block, t) * scaling[2], scaling[:2], -k.zero)
             top_indices[i, j, place] = top_index[place]
         confidence[i, j] = top_probabilities[i, j, 0]
         prediction[i, j] = top_index[0]

@@ -178,7 +178,7 @@ def _block_count(task: Any) -> int:
 
 def _numbers(task: Any) -> Array:
     """Room for what the blocks of rows are reduced to."""
-    return np.empty(task.outer * task.inner * _block_count(task) * lib.pl_numbers_size(task.dtype), np.uint8)
+    return np.empty(lib.pl_numbers_size(task), np.uint8)
 
 
 def _view(array: Array) -> tuple[Any, int, int, int]:

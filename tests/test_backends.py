@@ -87,6 +87,20 @@ def test_a_runner_up_far_ahead_of_the_rest(op, backend, dtype):
             assert ulp_error(run(op, **arguments), expected, scale) <= promised(op, dtype)
 
 
+def test_blocks_far_apart(backend, dtype):
+    """In rows longer than 16 KiB the maximum of each part is as far from the others as makes a difference."""
+    rng = np.random.default_rng(0)
+    steps = [0, 12, 25, 30, 35, 38, 40, 45, 60, 75, 90, 103, 140, 340, 360, 380, 600, 700, 745, 800, np.inf]
+    x = rng.standard_normal((2 * len(steps), 9001)) * 3
+    x[: len(steps), :5000] -= np.array(steps)[:, None]
+    x[len(steps) :, 5000:] -= np.array(steps)[:, None]
+    x = x.astype(dtype)
+    expected, scale = oracle("softmax", x)
+    for logits, axis in ((x, 1), (np.ascontiguousarray(x.T), 0)):
+        result = np.moveaxis(run("softmax", logits=logits, axis=axis), axis, 1)
+        assert ulp_error(result, expected, scale) <= promised("softmax", dtype)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_number_of_rows(op, backend, dtype):
     for rows in range(1, 36):

@@ -23,8 +23,14 @@ CLASSES = (1, 3, 10, 33, 100, 1000, 4096, 4097, 9001)
 COUNTS = (1, 2, 3, 15, 16, 17, 64, 257, 4097)
 ELEMENTS = 200_000  # of a batch at most, but for threads
 
-# From a maximum of 256 (float32) or 2048 (float64) on, a row is moved towards zero first; a batch can hold both kinds.
-OFFSETS = {"near": [0], "300": [300], "5000": [5000], "mixed": [0, 300, -5000, 0, 5000, 0, -300]}
+# From a maximum of 512 (float32) or 4096 (float64) on, a row is moved towards zero first; a batch can hold both kinds. Where
+# the offset changes along a row, the maxima of its blocks are far apart.
+OFFSETS = {
+    "near": ([0], [0]),
+    "300": ([300], [300]),
+    "5000": ([5000], [5000]),
+    "mixed": ([0, 300, -5000, 0, 5000, 0, -300], [0, 300, -5000, 70, 5000, -1000, -300]),
+}
 
 # Rows that are drawn, and repeated to make a batch. Tiles have 8 or 16 rows: each of 7 comes to lie everywhere in them.
 DISTINCT = 7
@@ -48,7 +54,8 @@ def one_thread():
 def draw(op, classes, dtype, offsets):
     """Return the arguments for DISTINCT rows: all arrays, the row first."""
     rng = np.random.default_rng(classes)
-    logits = rng.standard_normal((DISTINCT, classes)) * 5 + np.resize(offsets, (DISTINCT, 1))
+    start, end = np.resize(offsets[0], DISTINCT), np.resize(offsets[1], DISTINCT)
+    logits = rng.standard_normal((DISTINCT, classes)) * 5 + np.linspace(start, end, classes, axis=1)
     arguments = {"logits": logits.astype(dtype)}
     if op == "softmax_cross_entropy_with_logits":
         arguments["labels"] = rng.random((DISTINCT, classes)).astype(dtype)
@@ -186,7 +193,7 @@ def test_layout(op, backend, layout, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_half_precision_rounds_the_same_bits(op, backend, half):
     for classes in CLASSES:
-        arguments = draw(op, classes, dtype_of(half), [0, 300])
+        arguments = draw(op, classes, dtype_of(half), ([0, 300], [0, 300]))
         (expected,) = run(op, {**arguments, "logits": arguments["logits"].astype(np.float32)})
         (result,) = run(op, arguments)
         assert result.tobytes() == expected.astype(result.dtype).tobytes()

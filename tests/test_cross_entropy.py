@@ -425,18 +425,20 @@ def test_a_bad_target_leaves_grad_out_alone(backend, dtype):
 # ---- memory ----
 
 
-def test_grad_out_may_be_the_logits(backend, dtype):
+def test_grad_out_may_be_an_input(backend, dtype):
     rng = np.random.default_rng(0)
-    for shape in ((40, 7), (3, 9000), (2, 7, 33)):
+    for shape in ((40, 7), (3, 9000), (40, 9000), (2, 7, 33)):
         x = rng.standard_normal(shape).astype(dtype)
-        targets = rng.integers(7, size=np.delete(shape, 1))
-        options = {"softcap": 3.0, "label_smoothing": 0.1, "axis": 1}
-        loss, grad = value_and_grad(x, targets, **options)
-        buffer = x.copy()
-        again, result = value_and_grad(buffer, targets, grad_out=buffer, **options)
-        assert result is buffer
-        assert again == loss
-        np.testing.assert_array_equal(buffer, grad)
+        for targets in (rng.integers(7, size=np.delete(shape, 1)), rng.random(shape).astype(dtype)):
+            options = {"softcap": 3.0, "label_smoothing": 0.1, "axis": 1}
+            loss, grad = value_and_grad(x, targets, **options)
+            for of_logits in (True, False)[: 1 + (targets.ndim == x.ndim)]:
+                logits, labels = x.copy(), targets.copy()
+                buffer = logits if of_logits else labels
+                again, result = value_and_grad(logits, labels, grad_out=buffer, **options)
+                assert result is buffer
+                assert again == loss
+                np.testing.assert_array_equal(buffer, grad)
 
 
 def test_outputs_that_overlap_inputs(backend):
