@@ -163,7 +163,8 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct
   }
   for (; c < n; c += VEC_LANES) {
     const int64_t part = FN(part)(n, c);
-    FN(vec_store_part)(result + c, part, FN(along)(FN(vec_load)(e + c), line, FN(minus_at)(line, c, part)));
+    const VEC term = FN(vec_load_part)(e + c, part, FN(vec_fill)(0));
+    FN(vec_store_part)(result + c, part, FN(along)(term, line, FN(minus_at)(line, c, part)));
   }
 }
 
