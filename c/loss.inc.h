@@ -173,7 +173,7 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
   const REAL *weight = task->losses.weight;
   REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
   const bool soft = task->losses.probabilities.data, softcap = task->losses.softcap != 0;
-  struct FN(line) line = {loss->factor.hi, loss->factor.lo, loss->even, NULL};
+  struct FN(line) line = {.factor = loss->factor.hi, .factor_lo = loss->factor.lo, .minus = loss->even};
   if (soft || (weight && loss->even != 0)) line.minuses = minuses;
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b), at = label - b * BLOCK;

@@ -38,9 +38,11 @@ static void FN(close_rows)(int operation, const REAL *max, const REAL *sum, cons
   }
 }
 
-static inline REAL FN(probability)(REAL e, struct FN(closing) f)
+/* It is computed LIFT times as large: near the smallest normal number the product with the low part would be subnormal, and
+ * rounding that cost half an ulp (2.06 in all). */
+static inline REAL FN(probability)(REAL e, REAL reciprocal, REAL reciprocal_lo)
 {
-  return FMA(e, f.reciprocal, e * f.reciprocal_lo);
+  return FMA(e, reciprocal * LIFT, e * (reciprocal_lo * LIFT)) * (1 / LIFT);
 }
 
 static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, struct FN(temperature) t)
@@ -50,38 +52,45 @@ static inline REAL FN(log_probability)(REAL x, REAL max, struct FN(closing) f, s
   return FN(rounded)(FN(plus)((struct FN(pair)){hi, lo}, (struct FN(pair)){-f.log1p, -f.log1p_lo}));
 }
 
-/* log_probability at temperature 1, where the products with it drop out: the same bits. */
-INLINE VEC FN(plain_log_probability)(VEC x, VEC max, VEC log1p, VEC log1p_lo)
+/* max / temperature + log(sum) */
+INLINE struct FN(pair) FN(log_sum_pair)(REAL max, struct FN(closing) f, struct FN(temperature) t)
 {
-  VEC distance_lo, lo;
-  const VEC distance = FN(vec_two_sum)(x, -max, &distance_lo);
-  const VEC hi = FN(vec_two_sum)(distance, -log1p, &lo);
-  lo = lo + (distance_lo - log1p_lo);
-  return hi + FN(vec_unless_below)(lo, hi, FN(vec_fill)(-NUMBER_MAX)); /* a NaN beside -inf */
+  const struct FN(pair) top = {max, 0}, inverse = {t.inverse, t.inverse_lo}, log1p = {f.log1p, f.log1p_lo};
+  return FN(plus)(FN(times)(top, inverse), log1p);
+}
+
+/* The log-probability of a logit at temperature 1, from the logarithm of the sum as a pair: two roundings, below 1.5 ulp
+ * together. All but a maximum's are below -log 2, which is much beside what the pair has lost; and a maximum's is -log1p. */
+INLINE VEC FN(plain_log_probability)(VEC x, VEC max, VEC log1p, VEC log_sum, VEC log_sum_lo)
+{
+  return FN(vec_if_equal)(x, max, FN(vec_fill)(0) - log1p, (x - log_sum) - log_sum_lo);
+}
+
+/* As log_softmax has it, with the error of its fast way. */
+static inline REAL FN(fast_log_probability)(REAL x, REAL max, struct FN(closing) f, struct FN(temperature) t)
+{
+  if (!FN(is_plain)(t)) return FN(log_probability)(x, max, f, t);
+  const struct FN(pair) log_sum = FN(log_sum_pair)(max, f, t);
+  return x == max ? 0 - f.log1p : (x - log_sum.hi) - log_sum.lo;
 }
 
 /* The log-probabilities of a row; x may be `result`. */
 static void FN(write_logs)(const REAL *x, REAL *result, int64_t n, REAL max, struct FN(closing) f, struct FN(temperature) t)
 {
-  const VEC top = FN(vec_fill)(max), log1p = FN(vec_fill)(f.log1p), log1p_lo = FN(vec_fill)(f.log1p_lo);
+  const struct FN(pair) log_sum = FN(log_sum_pair)(max, f, t);
+  const VEC top = FN(vec_fill)(max), log1p = FN(vec_fill)(f.log1p);
+  const VEC sum = FN(vec_fill)(log_sum.hi), sum_lo = FN(vec_fill)(log_sum.lo);
   if (!FN(is_plain)(t)) {
     for (int64_t c = 0; c < n; c++) result[c] = FN(log_probability)(x[c], max, f, t);
     return;
   }
   int64_t c = 0;
   for (; c + VEC_LANES <= n; c += VEC_LANES)
-    FN(vec_store)(result + c, FN(plain_log_probability)(FN(vec_load)(x + c), top, log1p, log1p_lo));
+    FN(vec_store)(result + c, FN(plain_log_probability)(FN(vec_load)(x + c), top, log1p, sum, sum_lo));
   if (c < n) {
     const VEC rest = FN(vec_load_part)(x + c, n - c, top);
-    FN(vec_store_part)(result + c, n - c, FN(plain_log_probability)(rest, top, log1p, log1p_lo));
+    FN(vec_store_part)(result + c, n - c, FN(plain_log_probability)(rest, top, log1p, sum, sum_lo));
   }
-}
-
-/* max / temperature + log(sum) */
-INLINE struct FN(pair) FN(log_sum_pair)(REAL max, struct FN(closing) f, struct FN(temperature) t)
-{
-  const struct FN(pair) top = {max, 0}, inverse = {t.inverse, t.inverse_lo}, log1p = {f.log1p, f.log1p_lo};
-  return FN(plus)(FN(times)(top, inverse), log1p);
 }
 
 /* The same, rounded; the infinities of max pass, where log1p holds a NaN from no other cause. */
@@ -135,16 +144,28 @@ static inline REAL FN(brier)(REAL term, REAL sum, REAL squares, REAL scaled_reci
   return FMA(sum, sum, squares) * reciprocal * reciprocal + 2 * below * reciprocal;
 }
 
-/* The second pass over a row: from its terms e, factor * e - minus. */
+/* The second pass over a row: from its terms e, (factor * e - minus) * drop. */
 struct FN(line) {
   REAL factor, factor_lo;
   REAL minus;          /* of all elements, or */
   const REAL *minuses; /* of each */
+  REAL drop;           /* see lifted */
 };
 
 INLINE VEC FN(along)(VEC term, const struct FN(line) * line, VEC minus)
 {
-  return FN(vec_fma)(term, FN(vec_fill)(line->factor), FN(vec_fma)(term, FN(vec_fill)(line->factor_lo), -minus));
+  const VEC product = FN(vec_fma)(term, FN(vec_fill)(line->factor_lo), -minus);
+  return FN(vec_fma)(term, FN(vec_fill)(line->factor), product) * FN(vec_fill)(line->drop);
+}
+
+/* What has nothing subtracted may become as small as a probability, and is computed as one. */
+static struct FN(line) FN(lifted)(struct FN(line) line)
+{
+  const bool alone = !line.minuses && line.minus == 0;
+  line.factor *= alone ? LIFT : 1;
+  line.factor_lo *= alone ? LIFT : 1;
+  line.drop = alone ? 1 / LIFT : 1;
+  return line;
 }
 
 INLINE VEC FN(minus_at)(const struct FN(line) * line, int64_t c, int64_t n)
@@ -153,8 +174,9 @@ INLINE VEC FN(minus_at)(const struct FN(line) * line, int64_t c, int64_t n)
 }
 
 /* From the terms that start_block kept. */
-static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct FN(line) * line)
+static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct FN(line) * given)
 {
+  const struct FN(line) lifted = FN(lifted)(*given), *line = &lifted;
   int64_t c = 0;
   if (!line->minuses) {
     const VEC minus = FN(vec_fill)(line->minus);
@@ -170,9 +192,9 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct
 
 /* ---- rows of several blocks ---- */
 
-/* The terms of a block are relative to its own maximum, and to be multiplied by exp(that - the row's). A factor that would be
- * near the smallest numbers is multiplied by EXP_SCALE, and the terms divided by it, whose small ones then count for nothing.
- */
+/* The terms of a block are relative to its own maximum, and to be multiplied by exp(that - the row's). Where the factor would
+ * be too small to be a pair it is taken BOOST * EXP_SCALE times, and the terms by that much smaller: what they lose is nothing
+ * to the result. */
 static struct FN(line)
     FN(line_of)(const struct FN(line) * of_row, REAL max, REAL row_max, struct FN(temperature) t, REAL *shrink)
 {
@@ -180,17 +202,19 @@ static struct FN(line)
   *shrink = 1;
   if (!FN(finite)(max)) return line; /* all terms are 0 */
   REAL lo;
-  struct FN(pair) factor = {line.factor, line.factor_lo}, below;
+  const struct FN(pair) factor = {line.factor, line.factor_lo};
+  struct FN(pair) below, product;
   const REAL distance = FN(exponent)(max, row_max, t.inverse, t.inverse_lo, &lo);
   below.hi = FN(exp_pair)(distance, lo, &below.lo);
-  factor = FN(times)(factor, below);
-  if (factor.hi < SMALL && factor.hi > -SMALL) {
-    *shrink = 1 / EXP_SCALE;
+  product = FN(times)(factor, below);
+  if (product.hi < SMALL && product.hi > -SMALL) {
+    product = FN(times)(factor, (struct FN(pair)){below.hi * BOOST, below.lo * BOOST});
+    *shrink = 1 / (BOOST * EXP_SCALE);
   } else {
-    factor = (struct FN(pair)){factor.hi / EXP_SCALE, factor.lo / EXP_SCALE};
+    product = (struct FN(pair)){product.hi / EXP_SCALE, product.lo / EXP_SCALE};
   }
-  line.factor = factor.hi;
-  line.factor_lo = factor.lo;
+  line.factor = product.hi;
+  line.factor_lo = product.lo;
   return line;
 }
 
@@ -216,14 +240,13 @@ static REAL *FN(terms_of)(const struct pl_task *task, int64_t r, int64_t b, int6
 /* The probability of class c, whose logit is x: as softmax has it. */
 static REAL FN(probability_at)(const struct FN(slot) * slot, int64_t c, REAL x, struct FN(closing) f, struct FN(temperature) t)
 {
-  struct FN(line) line = {f.reciprocal, f.reciprocal_lo, 0, NULL};
+  struct FN(line) line = {.factor = f.reciprocal, .factor_lo = f.reciprocal_lo};
   REAL max = slot->row.max, shrink = 1;
   if (slot->blocks) {
     max = slot->blocks[c / BLOCK].max;
     line = FN(line_of)(&line, max, slot->row.max, t, &shrink);
   }
-  const REAL e = FN(term)(x, max, t) * shrink;
-  return FMA(e, line.factor, e * line.factor_lo);
+  return FN(probability)(FN(term)(x, max, t) * shrink, line.factor, line.factor_lo);
 }
 
 /* The outputs of PL_SCORE for row r. */
@@ -306,7 +329,8 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
       const int64_t label = FN(label)(task, r, k);
       const bool inside = label >= 0 && label < classes;
       const REAL picked = inside ? FN(load)(logits + label * task->logits.classes, task->dtype) : NAN;
-      const REAL result = FN(log_probability)(picked, row.max, f, t);
+      const bool loss = task->operation != PL_SELECTIVE_LOG_SOFTMAX;
+      const REAL result = loss ? FN(log_probability)(picked, row.max, f, t) : FN(fast_log_probability)(picked, row.max, f, t);
       if (!inside) bad = FN(flat_label)(task, r, k);
       if (scoring) {
         ((REAL *)task->loss)[r] = 0 - result;
@@ -322,7 +346,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
 
   /* A row of one block is still in x and e; of a longer one each block is staged again, from cache. */
   const struct FN(sink) sink = FN(sink_at)(task, r);
-  const struct FN(line) line = {f.reciprocal, f.reciprocal_lo, 0, NULL};
+  const struct FN(line) line = {.factor = f.reciprocal, .factor_lo = f.reciprocal_lo};
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     REAL *result = FN(place)(&sink, b, room);
@@ -356,11 +380,12 @@ static void FN(write_log_sums)(const struct pl_task *task, int64_t r, int64_t ro
 static void FN(write_picks)(const struct pl_task *task, int64_t r, int64_t rows, int64_t k, REAL *picked, const REAL *max,
                             const struct FN(closings) * f, struct FN(temperature) t)
 {
-  for (int l = 0; l < LANES; l++) picked[l] = FN(log_probability)(picked[l], max[l], FN(closing_of)(f, l), t);
   if (task->operation == PL_SPARSE_SOFTMAX_CROSS_ENTROPY) {
+    for (int l = 0; l < LANES; l++) picked[l] = FN(log_probability)(picked[l], max[l], FN(closing_of)(f, l), t);
     for (int l = 0; l < LANES; l++) picked[l] = 0 - picked[l]; /* so that a certain row's loss is not -0 */
     FN(store_line)(task, r, rows, picked);
   } else {
+    for (int l = 0; l < LANES; l++) picked[l] = FN(fast_log_probability)(picked[l], max[l], FN(closing_of)(f, l), t);
     for (int64_t l = 0; l < rows; l++) FN(store_pick)(task, FN(row_at)(task, &task->out, r + l), k, picked[l]);
   }
 }
@@ -379,7 +404,7 @@ static bool FN(write_short_rows)(const struct pl_task *task, int64_t r, int64_t 
       if (!FN(as_is)(task, &task->out, task->out_dtype) || FN(sink_at)(task, r).streamed) return false;
       for (int64_t i = 0; i < rows; i++) {
         const struct FN(closing) closing = FN(closing_of)(f, i);
-        const struct FN(line) line = {closing.reciprocal, closing.reciprocal_lo, 0, NULL};
+        const struct FN(line) line = {.factor = closing.reciprocal, .factor_lo = closing.reciprocal_lo};
         REAL *out = (REAL *)(void *)((char *)task->out.data + (r + i) * task->out.outer);
         if (log) {
           FN(write_logs)(slots[i].x, out, n, max[i], closing, t);

@@ -1000,7 +1000,9 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
                                   struct FN(slot) * slots)
 {
   const int64_t n = task->classes;
-  const bool scoring = task->operation == PL_SCORE, keep = FN(keeps_terms)(task) || scoring;
+  const struct pl_view *whole = pl_whole(task);
+  const bool scoring = task->operation == PL_SCORE;
+  const bool keep = whole || scoring; /* by log_softmax for the sake of `to` */
   const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
@@ -1012,7 +1014,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   FN(maxima)(slots, rows, n, max);
   for (int64_t i = 0; i < rows; i++) {
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
-    to[i] = keep && !scoring ? (const REAL *)(void *)FN(row_at)(task, pl_whole(task), r + i) : next[i];
+    to[i] = whole ? (const REAL *)(void *)FN(row_at)(task, whole, r + i) : next[i];
     if (task->operation == PL_CROSS_ENTROPY)
       slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }

@@ -347,19 +347,20 @@ static void FN(scale_tile)(REAL *x, int64_t classes, const struct FN(closings) *
   VEC factor[LINE_VECS], factor_lo[LINE_VECS];
   EACH_VEC(v)
   {
-    factor[v / VEC_LANES] = FN(vec_load)(f->reciprocal + v);
-    factor_lo[v / VEC_LANES] = FN(vec_load)(f->reciprocal_lo + v);
+    factor[v / VEC_LANES] = FN(vec_load)(f->reciprocal + v) * FN(vec_fill)(LIFT);
+    factor_lo[v / VEC_LANES] = FN(vec_load)(f->reciprocal_lo + v) * FN(vec_fill)(LIFT);
   }
   for (REAL *at = x; at < x + classes * LANES; at += LANES) {
     EACH_VEC(v)
     {
       const VEC e = FN(vec_load)(at + v);
-      FN(vec_store)(at + v, FN(vec_fma)(e, factor[v / VEC_LANES], e * factor_lo[v / VEC_LANES]));
+      const VEC result = FN(vec_fma)(e, factor[v / VEC_LANES], e * factor_lo[v / VEC_LANES]);
+      FN(vec_store)(at + v, result * FN(vec_fill)(1 / LIFT));
     }
   }
 }
 
-/* From logits to log-probabilities: as `log_probability`. */
+/* From logits to log-probabilities: as write_logs. */
 static void FN(log_tile)(REAL *x, int64_t classes, const REAL *max, const struct FN(closings) * f, struct FN(temperature) t)
 {
   if (!FN(is_plain)(t)) {
@@ -368,11 +369,18 @@ static void FN(log_tile)(REAL *x, int64_t classes, const REAL *max, const struct
       for (int l = 0; l < LANES; l++) at[l] = FN(log_probability)(at[l], max[l], FN(closing_of)(&closings, l), t);
     return;
   }
+  REAL hi[LANES], lo[LANES];
+  for (int l = 0; l < LANES; l++) {
+    const struct FN(pair) log_sum = FN(log_sum_pair)(max[l], FN(closing_of)(f, l), t);
+    hi[l] = log_sum.hi;
+    lo[l] = log_sum.lo;
+  }
   EACH_VEC(v)
   {
-    const VEC top = FN(vec_load)(max + v), log1p = FN(vec_load)(f->log1p + v), log1p_lo = FN(vec_load)(f->log1p_lo + v);
+    const VEC top = FN(vec_load)(max + v), log1p = FN(vec_load)(f->log1p + v);
+    const VEC sum = FN(vec_load)(hi + v), sum_lo = FN(vec_load)(lo + v);
     for (REAL *at = x + v; at < x + classes * LANES; at += LANES)
-      FN(vec_store)(at, FN(plain_log_probability)(FN(vec_load)(at), top, log1p, log1p_lo));
+      FN(vec_store)(at, FN(plain_log_probability)(FN(vec_load)(at), top, log1p, sum, sum_lo));
   }
 }
 
@@ -506,7 +514,7 @@ INLINE void FN(write_top)(const struct pl_task *task, const struct FN(tile) * ti
     } else {
       for (int l = 0; l < LANES; l++) p[l] = EXP_SCALE + (top_x[0][l] - top_x[0][l]);
     }
-    for (int l = 0; l < LANES; l++) p[l] = FN(probability)(p[l], FN(closing_of)(&tile->f, l));
+    for (int l = 0; l < LANES; l++) p[l] = FN(probability)(p[l], tile->f.reciprocal[l], tile->f.reciprocal_lo[l]);
     if (i == 0) FN(put_rows)(task->confidence, tile, p);
     for (int64_t l = 0; l < tile->rows; l++) {
       ((REAL *)task->top_k_probabilities)[(tile->r + l) * k + i] = p[l];
@@ -694,7 +702,9 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
       const REAL term = x[c * LANES + l], even = loss->of_class[l];
       const REAL rest = even == 0 ? even : of_class * even; /* not -0 for a negative weight: as in write_slopes */
       const REAL minus = soft ? FMA(q[c * LANES + l], loss->of_target[l], rest) : rest;
-      x[c * LANES + l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
+      const bool alone = !soft && even == 0; /* as in `lifted` */
+      const REAL factor = loss->factor[l] * (alone ? LIFT : 1), factor_lo = loss->factor_lo[l] * (alone ? LIFT : 1);
+      x[c * LANES + l] = FMA(term, factor, FMA(term, factor_lo, -minus)) * (alone ? 1 / LIFT : 1);
     }
   }
   for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
@@ -833,7 +843,7 @@ static void FN(soften_block)(const struct FN(tile) * tile, int64_t b, int64_t co
   for (int64_t l = 0; l < LANES; l++) {
     const int64_t row = l < tile->rows ? l : 0; /* missing rows are as the first */
     const REAL of_row = tile->max[row], of_block = blocks[row * count + b].max;
-    const struct FN(line) of_terms = {tile->f.reciprocal[row], tile->f.reciprocal_lo[row], 0, NULL};
+    const struct FN(line) of_terms = {.factor = tile->f.reciprocal[row], .factor_lo = tile->f.reciprocal_lo[row]};
     const struct FN(line) line = FN(line_of)(&of_terms, of_block, of_row, t, &shrink[l]);
     max[l] = FN(finite)(of_block) ? of_block : of_row;
     f.reciprocal[l] = line.factor;

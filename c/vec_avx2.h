@@ -47,6 +47,10 @@ typedef __m256d vec_f64;
   {                                                                                                                            \
     return _mm256_andnot_##ps(_mm256_cmp_##ps(x, y, _CMP_EQ_OQ), a);                                                           \
   }                                                                                                                            \
+  static inline VEC vec_if_equal_##T(VEC x, VEC y, VEC a, VEC b)                                                               \
+  {                                                                                                                            \
+    return _mm256_blendv_##ps(b, a, _mm256_cmp_##ps(x, y, _CMP_EQ_OQ));                                                        \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
   {                                                                                                                            \
     return __builtin_popcount((unsigned)_mm256_movemask_##ps(_mm256_cmp_##ps(x, y, _CMP_EQ_OQ)));                              \

@@ -46,6 +46,10 @@ typedef __m512d vec_f64;
   {                                                                                                                            \
     return _mm512_maskz_mov_##ps(_mm512_cmp_##ps##_mask(x, y, _CMP_NEQ_UQ), a);                                                \
   }                                                                                                                            \
+  static inline VEC vec_if_equal_##T(VEC x, VEC y, VEC a, VEC b)                                                               \
+  {                                                                                                                            \
+    return _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(x, y, _CMP_EQ_OQ), b, a);                                             \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
   {                                                                                                                            \
     return __builtin_popcount(_mm512_cmp_##ps##_mask(x, y, _CMP_EQ_OQ));                                                       \

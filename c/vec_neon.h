@@ -38,6 +38,10 @@ typedef float64x2_t vec_f64;
   {                                                                                                                            \
     return vreinterpretq_##T##_##U(vbicq_##U(vreinterpretq_##U##_##T(a), vceqq_##T(x, y)));                                    \
   }                                                                                                                            \
+  static inline VEC vec_if_equal_##T(VEC x, VEC y, VEC a, VEC b)                                                               \
+  {                                                                                                                            \
+    return vbslq_##T(vceqq_##T(x, y), a, b);                                                                                   \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
   {                                                                                                                            \
     return -(int)vaddvq_##U(vceqq_##T(x, y));                                                                                  \

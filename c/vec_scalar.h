@@ -52,6 +52,10 @@ typedef double vec_f64;
   {                                                                                                                            \
     return x == y ? 0 : a;                                                                                                     \
   }                                                                                                                            \
+  static inline REAL vec_if_equal_##T(REAL x, REAL y, REAL a, REAL b)                                                          \
+  {                                                                                                                            \
+    return x == y ? a : b;                                                                                                     \
+  }                                                                                                                            \
   /* VEC_LANES rows become columns: the first 16 bytes of each are a lane of the vectors q. */                                 \
   static inline void vec_load_across_##T(REAL *q, const char *rows, int64_t stride)                                            \
   {                                                                                                                            \

@@ -49,12 +49,12 @@ ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
 Constants = namedtuple(
     "Constants",
-    "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest small grid far round_shift log2_e "
-    "ln2_hi ln2_lo exp_tail atanh_tail",
+    "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest small boost lift grid far "
+    "round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
-def _constants(real, exp_scale, exp_lowest, small, grid, far, round_shift, ln2, exp_tail, atanh_terms):
+def _constants(real, exp_scale, exp_lowest, small, boost, lift, grid, far, round_shift, ln2, exp_tail, atanh_terms):
     def number(text):
         return real(float.fromhex(text))
 
@@ -73,6 +73,8 @@ def _constants(real, exp_scale, exp_lowest, small, grid, far, round_shift, ln2, 
         exp_center=real(0.0588915),
         exp_lowest=real(exp_lowest),
         small=real(small),
+        boost=real(boost),
+        lift=real(lift),
         grid=real(grid),
         far=real(far),
         round_shift=real(round_shift),
@@ -89,6 +91,8 @@ _F32 = _constants(
     exp_scale=2.0**64,
     exp_lowest=-132.35,
     small=2.0**-55,
+    boost=2.0**40,
+    lift=2.0**32,
     grid=1.5 * 2**23 * 2.0**-13,
     far=512,
     round_shift=1.5 * 2**23 + 127 + 64,
@@ -102,6 +106,8 @@ _F64 = _constants(
     exp_scale=2.0**512,
     exp_lowest=-1063.9,
     small=2.0**-500,
+    boost=2.0**400,
+    lift=2.0**256,
     grid=1.5 * 2**52 * 2.0**-33,
     far=4096,
     round_shift=1.5 * 2**52 + 1023 + 512,
@@ -889,8 +895,10 @@ def finish_row(maximum, total, total_lo):
 
 
 @inlined
-def probability(e, f):
-    return fma(e, f[2], e * f[3])
+def probability(e, reciprocal, reciprocal_lo):
+    """Computed `lift` times as large: see c/results.inc.h."""
+    k = constants(e)
+    return fma(e, reciprocal * k.lift, e * (reciprocal_lo * k.lift)) * (k.one / k.lift)
 
 
 @inlined
@@ -899,10 +907,35 @@ def along(e, factor, minus):
 
 
 @inlined
+def lifted(factor, alone):
+    """The factor of what may become as small as a probability, having nothing subtracted, and what the product is to be
+    multiplied with."""
+    k = constants(factor[0])
+    lift = select(alone, k.lift, k.one)
+    return (factor[0] * lift, factor[1] * lift), select(alone, k.one / k.lift, k.one)
+
+
+@inlined
 def log_probability(x, maximum, f, t):
-    """t is None for temperature 1, as in `terms`: the same bits."""
-    hi, lo = two_sum(x, -maximum) if t is None else exponent(x, maximum, t[0], t[1])
+    hi, lo = exponent(x, maximum, t[0], t[1])
     return add_pairs(hi, lo, -f[0], -f[1])
+
+
+@inlined
+def fast_log_probability(x, maximum, f, t):
+    """As log_softmax has it. t is None for temperature 1, as in `terms`."""
+    if t is None:
+        hi, lo = plus((maximum, constants(x).zero), f)
+        return select(x == maximum, constants(x).zero - f[0], (x - hi) - lo)
+    return log_probability(x, maximum, f, t)
+
+
+@helper
+def pick_of(x, maximum, f, t, loss):
+    """The log-probability of a picked logit, or the loss that is its negative: subtracted from 0, so that it is not -0."""
+    if loss:
+        return constants(x).zero - log_probability(x, maximum, f, t)
+    return fast_log_probability(x, maximum, f, None) if is_plain(t) else log_probability(x, maximum, f, t)
 
 
 @helper
@@ -1792,23 +1825,25 @@ def closing_of(closings, lane):
 def scale_terms(e, factor, minuses, minus, result):
     """Results factor * e - minus from the terms that reduce_block kept; `minuses` has one for each, if it is not None."""
     k = constants(e[0])
+    factor, drop = lifted(factor, minuses is None and minus == k.zero)
     whole = result.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, minus)))
+        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, minus)) * drop)
     if whole < result.size:
-        line = along(line_at(e, whole), factor, minus_at(minuses, whole, minus))
+        line = along(line_at(e, whole), factor, minus_at(minuses, whole, minus)) * drop
         put_part(result, whole, result.size - whole, line)
 
 
 @helper
 def write_near_terms(x, maximum, t, factor, shrink, minuses, minus, result):
     k = constants(maximum)
+    factor, drop = lifted(factor, minuses is None and minus == k.zero)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(terms(line_at(x, c), maximum, t) * shrink, factor, minus_at(minuses, c, minus)))
+        put_line(result, c, along(terms(line_at(x, c), maximum, t) * shrink, factor, minus_at(minuses, c, minus)) * drop)
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        line = along(terms(part, maximum, t) * shrink, factor, minus_at(minuses, whole, minus))
+        line = along(terms(part, maximum, t) * shrink, factor, minus_at(minuses, whole, minus)) * drop
         put_part(result, whole, x.size - whole, line)
 
 
@@ -1833,9 +1868,11 @@ def scaling_of(factor, maximum, of_row, t):
     if not finite(maximum):
         return factor[0], factor[1], k.one
     distance, lo = exponent(maximum, of_row, t[0], t[1])
-    hi, lo = times(factor, exp_pair(distance, lo))
+    below, below_lo = exp_pair(distance, lo)
+    hi, lo = times(factor, (below, below_lo))
     if -k.small < hi < k.small:
-        return hi, lo, k.one / k.exp_scale
+        hi, lo = times(factor, (below * k.boost, below_lo * k.boost))
+        return hi, lo, k.one / (k.boost * k.exp_scale)
     return hi / k.exp_scale, lo / k.exp_scale, k.one
 
 
@@ -1844,10 +1881,10 @@ def write_logs(x, maximum, f, t, result):
     k = constants(maximum)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, log_probability(line_at(x, c), maximum, f, t))
+        put_line(result, c, fast_log_probability(line_at(x, c), maximum, f, t))
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        put_part(result, whole, x.size - whole, log_probability(part, maximum, f, t))
+        put_part(result, whole, x.size - whole, fast_log_probability(part, maximum, f, t))
 
 
 @helper
@@ -1876,7 +1913,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
                 write_log_probabilities(tile, maximum, f, t, tile)
             else:
                 for c in range(0, classes * k.lanes, k.lanes):
-                    put_line(x, c, probability(line_at(x, c), f))
+                    put_line(x, c, probability(line_at(x, c), f[2], f[3]))
             mask_tile(x, where, r, rows, masked)
             store_tile(out, x, r, rows)
         return
@@ -1968,8 +2005,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
                 value = pick_from_tile(x, indices[:, pick, :], r, rows, classes, picked)
-                result = log_probability(value, maximum, f, t)
-                store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
+                store_line(out[:, pick, :], pick_of(value, maximum, f, t, loss), r, rows)
         return
     if is_short(logits, where, t):
         _, most = room_of(e, classes)
@@ -1984,8 +2020,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
                     i, j = position(r + lane, inner)
                     label = indices[i, pick, j]
                     picked[lane] = logits[i, label, j] if 0 <= label < classes else k.nan
-                result = log_probability(line_at(picked, 0), maximum, f, t)
-                store_line(out[:, pick, :], k.zero - result if loss else result, r, rows)
+                store_line(out[:, pick, :], pick_of(line_at(picked, 0), maximum, f, t, loss), r, rows)
         return
     blocks = block_room(logits)
     for r in range(begin, end):
@@ -1995,8 +2030,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
         for pick in range(indices.shape[1]):
             label = indices[i, pick, j]
             value = logits[i, label, j] if 0 <= label < classes else k.nan
-            result = log_probability(value, maximum, f, t)
-            out[i, pick, j] = k.zero - result if loss else result
+            out[i, pick, j] = pick_of(value, maximum, f, t, loss)
 
 
 @allocating
@@ -2177,7 +2211,10 @@ def loss_tiles(
             if weight.size:  # not -0 for a negative weight, as in write_slopes
                 even = select(even == k.zero, even, weight[c] * even)
             minus = even if hard else fma(line_at(q, c * lanes), loss.keep, even)
-            put_line(x, c * lanes, along(line_at(x, c * lanes), loss.factor, minus))
+            factor, drop = loss.factor, every_lane(k.one)
+            if hard:
+                factor, drop = lifted(loss.factor, loss.even == k.zero)
+            put_line(x, c * lanes, along(line_at(x, c * lanes), factor, minus) * drop)
         if hard:
             for lane in range(lanes):
                 x[picked[lane] * lanes + lane] = per_row[lanes + lane]
@@ -2496,7 +2533,7 @@ def score_rows(
             total, total_lo = spoil_tile(x, classes, maximum, total, total_lo)
             f = finish_row(maximum, total, total_lo)
             top, best = largest_of_tile(x, classes)
-            certain = probability(k.exp_scale + (top - top), f)
+            certain = probability(k.exp_scale + (top - top), f[2], f[3])
             store_line(logsumexp, log_sum(maximum, total, f, t), r, rows)
             dots, squares = sum_score_tile(x, e, other, classes, maximum, ones, t)
             store_line(entropy, f[0] + dots * (f[2] * k.exp_scale), r, rows)
@@ -2536,7 +2573,7 @@ def score_rows(
         for place in range(top_x.size):
             of_block = blocks[top_index[place] // k.block, 0]
             scaling = scaling_of(f[2:], of_block, maximum, t)
-            top_probabilities[i, j, place] = along(term(top_x[place], of_block, t) * scaling[2], scaling[:2], -k.zero)
+            top_probabilities[i, j, place] = probability(term(top_x[place], of_block, t) * scaling[2], scaling[0], scaling[1])
             top_indices[i, j, place] = top_index[place]
         confidence[i, j] = top_probabilities[i, j, 0]
         prediction[i, j] = top_index[0]

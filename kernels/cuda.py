@@ -695,7 +695,8 @@ def log_sum(k, g, log1p, t):
 
 @device
 def probability(k, e, inverse):
-    return cuda.fma(e, inverse[0], e * inverse[1])
+    """Computed `lift` times as large: see c/results.inc.h."""
+    return cuda.fma(e, inverse[0] * k.lift, e * (inverse[1] * k.lift)) * (k.one / k.lift)
 
 
 @device

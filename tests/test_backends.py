@@ -87,6 +87,16 @@ def test_a_runner_up_far_ahead_of_the_rest(op, backend, dtype):
             assert ulp_error(run(op, **arguments), expected, scale) <= promised(op, dtype)
 
 
+def test_probabilities_at_the_smallest_normal_number(backend, dtype):
+    rng = np.random.default_rng(0)
+    tiny = np.log(np.finfo(dtype).smallest_normal)
+    for rows, classes in ((20_000, 10), (200, 1000)):
+        x = (tiny + rng.uniform(2.5, 4, (rows, classes))).astype(dtype)
+        x[:, :5] = rng.uniform(0, 1, (rows, 5))
+        expected, scale = oracle("softmax", x)
+        assert ulp_error(run("softmax", logits=x), expected, scale) <= promised("softmax", dtype)
+
+
 def test_blocks_far_apart(backend, dtype):
     """In rows longer than 16 KiB the maximum of each part is as far from the others as makes a difference."""
     rng = np.random.default_rng(0)
