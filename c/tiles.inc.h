@@ -697,14 +697,19 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
     loss->target[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
   }
   for (int64_t c = 0; c < classes; c++) {
-    const REAL of_class = weight ? weight[c] : 1;
-    for (int l = 0; l < LANES; l++) {
-      const REAL term = x[c * LANES + l], even = loss->of_class[l];
-      const REAL rest = even == 0 ? even : of_class * even; /* not -0 for a negative weight: as in write_slopes */
-      const REAL minus = soft ? FMA(q[c * LANES + l], loss->of_target[l], rest) : rest;
-      const bool alone = !soft && even == 0; /* as in `lifted` */
-      const REAL factor = loss->factor[l] * (alone ? LIFT : 1), factor_lo = loss->factor_lo[l] * (alone ? LIFT : 1);
-      x[c * LANES + l] = FMA(term, factor, FMA(term, factor_lo, -minus)) * (alone ? 1 / LIFT : 1);
+    const VEC of_class = FN(vec_fill)(weight ? weight[c] : 1), zero = FN(vec_fill)(0), one = FN(vec_fill)(1);
+    EACH_VEC(v)
+    {
+      const VEC term = FN(vec_load)(x + c * LANES + v), even = FN(vec_load)(loss->of_class + v);
+      VEC minus = FN(vec_if_equal)(even, zero, even, of_class * even); /* not -0 for a negative weight: as in write_slopes */
+      VEC lift = FN(vec_if_equal)(even, zero, FN(vec_fill)(LIFT), one),
+          drop = FN(vec_if_equal)(even, zero, FN(vec_fill)(1 / LIFT), one); /* as in `lifted` */
+      if (soft) { /* by the compiler's mask, loads of what was never written took ten times as long as all else */
+        minus = FN(vec_fma)(FN(vec_load)(q + c * LANES + v), FN(vec_load)(loss->of_target + v), minus);
+        lift = drop = one;
+      }
+      const VEC factor = FN(vec_load)(loss->factor + v) * lift, factor_lo = FN(vec_load)(loss->factor_lo + v) * lift;
+      FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, -minus)) * drop);
     }
   }
   for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
