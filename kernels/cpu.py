@@ -668,19 +668,19 @@ def copy(typingctx, target, source, size):
     return types.void(target, source, types.intp), codegen
 
 
-@intrinsic
-def prefetch(typingctx, row, index):
-    """Asks for the cache line of row[index], row contiguous."""
+@intrinsic(prefer_literal=True)
+def prefetch(typingctx, row, index, write):
+    """Asks for the cache line of row[index], row contiguous, and where `write` is 1 for the right to write to it."""
 
     def codegen(context, builder, signature, args):
         address = builder.gep(context.make_array(row)(context, builder, args[0]).data, [args[1]])
         flag = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.bitcast(address, cgutils.voidptr_t), flag(0), flag(2), flag(1)])
+        builder.call(function, [builder.bitcast(address, cgutils.voidptr_t), flag(write.literal_value), flag(2), flag(1)])
         return context.get_dummy_value()
 
-    return types.void(row, index), codegen
+    return types.void(row, index, write), codegen
 
 
 # Not called from Python: less to compile.
@@ -1146,17 +1146,18 @@ def put_group(x, i, lines):
 
 
 @helper
-def add_terms(x, e, maximum, t, keep, upcoming):
-    """Steps 1 and 2: the lanes, and how often the maximum was met; `keep` leaves the terms in e."""
+def add_terms(x, e, maximum, t, keep, upcoming, to):
+    """Steps 1 and 2: the lanes, and how often the maximum was met; `keep` leaves the terms in e. What comes next is asked for,
+    and where the results will go, if `to` is not None."""
     k = constants(x[0])
     s, s_lo, ones = every_lane(k.zero), every_lane(k.zero), k.zero
     two, three, group = 2 * k.lanes, 3 * k.lanes, LINES * k.lanes
     whole = x.size // group * group
     for i in range(0, whole, group):
-        prefetch(upcoming, i)
-        prefetch(upcoming, i + k.lanes)
-        prefetch(upcoming, i + two)
-        prefetch(upcoming, i + three)
+        for line in range(i, i + group, k.lanes):
+            prefetch(upcoming, line, 0)
+            if to is not None:
+                prefetch(to, line, 1)
         a, b, c, d = line_at(x, i), line_at(x, i + k.lanes), line_at(x, i + two), line_at(x, i + three)
         s, s_lo, more, kept = add_group(s, s_lo, maximum, t, a, b, c, d)
         ones += more
@@ -1197,9 +1198,9 @@ def reduce_block(x, e, maximum, t, keep, upcoming):
         come_near(x, maximum, e)
         x, maximum = section(e, 0, x.size), k.zero
     if is_plain(t):
-        s, s_lo, ones = add_terms(x, e, maximum, None, keep, upcoming)
+        s, s_lo, ones = add_terms(x, e, maximum, None, keep, upcoming, None)
     else:
-        s, s_lo, ones = add_terms(x, e, maximum, t, keep, upcoming)
+        s, s_lo, ones = add_terms(x, e, maximum, t, keep, upcoming, None)
     total, total_lo = sum_of_lanes(s, s_lo)
     total, total_lo = add_ones(total, total_lo, ones)
     return total, total_lo, ones
@@ -1327,9 +1328,9 @@ def room_of(x, classes):
 
 
 @allocating
-def reduce_short_rows(logits, r, rows, end, e, keep, numbers):
+def reduce_short_rows(logits, r, rows, end, e, keep, numbers, out):
     """Steps 1 to 3: the maxima and the sums of rows, as reduce_tile has them, and in the first lines of `numbers`; `keep`
-    leaves the terms in e, row by row."""
+    leaves the terms in e, row by row. Results go to the rows of `out`, which are contiguous, if it is not None."""
     k = constants(e[0])
     t = k.one, k.zero
     s, s_lo = scratch(e[0], TREE_BYTES), scratch(e[0], TREE_BYTES)
@@ -1346,7 +1347,12 @@ def reduce_short_rows(logits, r, rows, end, e, keep, numbers):
         upcoming = packed(block_of(logits, r + lane + most, 0)) if r + lane + most < end else x
         terms_ = section(e, lane * size, size)
         if near:
-            lanes, lanes_lo, numbers[3 * k.lanes + lane] = add_terms(x, terms_, numbers[lane], None, keep, upcoming)
+            if out is None:
+                lanes, lanes_lo, ones = add_terms(x, terms_, numbers[lane], None, keep, upcoming, None)
+            else:
+                to = packed(block_of(out, r + lane, 0))
+                lanes, lanes_lo, ones = add_terms(x, terms_, numbers[lane], None, keep, upcoming, to)
+            numbers[3 * k.lanes + lane] = ones
             put_line(s, lane * k.lanes, lanes)
             put_line(s_lo, lane * k.lanes, lanes_lo)
         else:
@@ -1587,7 +1593,7 @@ def load_tile(x, array, r, rows):
         for c in range(classes):
             line = packed(strip(array, i, c, j, rows))
             put_line(x, c * k.lanes, line_at(line, 0))
-            prefetch(line, rows)  # of the next tile, now that the page is at hand
+            prefetch(line, rows, 0)  # of the next tile, now that the page is at hand
         return
     across = 16 // array.itemsize
     if is_across(array, rows):
@@ -1613,7 +1619,7 @@ def store_tile(array, x, r, rows):
         for c in range(classes):
             line = packed(strip(array, i, c, j, rows))
             put_line(line, 0, line_at(x, c * k.lanes))
-            prefetch(line, rows)
+            prefetch(line, rows, 1)
         return
     across = 16 // array.itemsize
     if is_across(array, rows):
@@ -1922,7 +1928,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
         numbers, closings = scratch(temperature, GROUP_BYTES), scratch(temperature, GROUP_BYTES)
         for r in range(begin, end, most):
             rows = min(most, end - r)
-            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, not log, numbers)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, not log, numbers, out)
             put_group(closings, 0, finish_row(maximum, total, total_lo))
             for lane in range(rows):
                 f, result = closing_of(closings, lane), packed(block_of(out, r + lane, 0))
@@ -1974,7 +1980,7 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
         numbers = scratch(temperature, GROUP_BYTES)
         for r in range(begin, end, most):
             rows = min(most, end - r)
-            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers, None)
             store_line(out, log_sum(maximum, total, finish_row(maximum, total, total_lo), t), r, rows)
         return
     blocks = block_room(logits)
@@ -2013,7 +2019,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
         put_line(picked, 0, k.nan)
         for r in range(begin, end, most):
             rows = min(most, end - r)
-            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers)
+            maximum, total, total_lo = reduce_short_rows(logits, r, rows, end, e, False, numbers, None)
             f = finish_row(maximum, total, total_lo)
             for pick in range(indices.shape[1]):
                 for lane in range(rows):
@@ -2272,7 +2278,7 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     for start in range(begin, end, most):
         rows = min(most, end - start)
         if short:
-            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, keep, of_rows)
+            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, keep, of_rows, None)
             put_group(closings, 0, finish_row(maximum, total, total_lo))
         for lane in range(rows):
             r = start + lane
