@@ -1191,7 +1191,7 @@ def reduce_block(x, e, maximum, t, keep, upcoming):
     if not finite(maximum):
         total = k.zero
         for c in range(x.size):
-            e[c] = k.nan
+            e[c] = k.zero
             total = total if x[c] == x[c] else x[c]
         return total, k.zero, k.one
     if is_far(maximum, t):
@@ -1295,15 +1295,22 @@ def stage(logits, where, r, first, room, cap=None):
 
 
 @allocating
-def reduce_row(logits, where, r, end, room, e, blocks, t, keep):
-    """All four steps."""
+def reduce_row(logits, where, r, end, room, e, blocks, t, keep, out):
+    """All four steps. The terms are kept in the row of `out`, which is contiguous, if it is not None."""
     k = constants(room[0])
     for b in range(len(blocks)):
         x = stage(logits, where, r, b * k.block, room)
         maximum = maximum_of(x)
         upcoming = next_block(logits, r, b * k.block, end, x)
         blocks[b, 0] = maximum
-        blocks[b, 1], blocks[b, 2], _ = reduce_block(x, e, maximum, t, keep, upcoming)
+        if out is None:
+            blocks[b, 1], blocks[b, 2], _ = reduce_block(x, e, maximum, t, keep, upcoming)
+        else:
+            to = packed(block_of(out, r, b * k.block))
+            whole = to.size % (LINES * k.lanes) == 0  # as whole groups are written
+            blocks[b, 1], blocks[b, 2], _ = reduce_block(x, to if whole else e, maximum, t, True, upcoming)
+            if not whole:
+                copy(to, e, to.size)
         blocks[b, 3] = blocks[b, 4] = k.zero
     return join_blocks(blocks, t)[:3]
 
@@ -1836,7 +1843,8 @@ def scale_terms(e, factor, minuses, minus, result):
     for c in range(0, whole, k.lanes):
         put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, minus)) * drop)
     if whole < result.size:
-        line = along(line_at(e, whole), factor, minus_at(minuses, whole, minus)) * drop
+        left = result.size - whole
+        line = along(part_at(e, whole, left, k.zero), factor, minus_at(minuses, whole, minus)) * drop
         put_part(result, whole, result.size - whole, line)
 
 
@@ -1940,8 +1948,12 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
         return
     blocks = block_room(logits)
     keep = not log and len(blocks) == 1
+    in_place = not log and len(blocks) > 1 and out.strides[1] == out.itemsize
     for r in range(begin, end):
-        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, keep)
+        if in_place:
+            maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, True, out)
+        else:
+            maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, keep, None)
         f = finish_row(maximum, total, total_lo)
         for first in range(0, classes, k.block):
             target = block_of(out, r, first)
@@ -1954,8 +1966,13 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
             else:
                 of_block = blocks[first // k.block, 0]
                 scaling = scaling_of(f[2:], of_block, maximum, t)
-                of_block = of_block if finite(of_block) else maximum
-                write_terms(stage(logits, where, r, first, x), e, of_block, t, scaling, None, k.zero, result)
+                if in_place:
+                    for c in range(0 if scaling[2] == k.one else result.size):
+                        result[c] *= scaling[2]
+                    scale_terms(result, scaling[:2], None, k.zero, result)
+                else:
+                    of_block = of_block if finite(of_block) else maximum
+                    write_terms(stage(logits, where, r, first, x), e, of_block, t, scaling, None, k.zero, result)
             mask(result, target.size, where, r, first, masked)
             if not direct:
                 store(target, x)
@@ -1986,7 +2003,7 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False, None)
         out[i, j] = log_sum(maximum, total, finish_row(maximum, total, total_lo), t)
 
 
@@ -2031,7 +2048,7 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False, None)
         f = finish_row(maximum, total, total_lo)
         for pick in range(indices.shape[1]):
             label = indices[i, pick, j]
@@ -2064,7 +2081,7 @@ def dense_rows(logits, where, labels, out, begin, end):
     blocks, weight = block_room(logits), section(x, 0, 0)
     for r in range(begin, end):
         i, j = position(r, inner)
-        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False)
+        maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False, None)
         staged = stage(logits, where, r, 0, x)
         dot, mass = dot_targets(logits, where, labels, weight, None, r, maximum, staged, x, e)
         out[i, j] = dense_loss(dot, mass, finish_row(maximum, total, total_lo))
