@@ -903,6 +903,7 @@ struct FN(slot) {
   struct FN(row) row;
   const struct FN(row) * blocks; /* of a row that has several */
   REAL *terms;                   /* of all of them, where they are kept; else NULL */
+  REAL *to;                      /* where the results go, to be asked for; or NULL */
   const REAL *x;
   REAL *room, *e;      /* of a block each: logits, and terms */
   REAL *first, *other; /* PL_CROSS_ENTROPY: the same, for anything else */
@@ -1044,10 +1045,12 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
     REAL *kept = slot->terms ? slot->terms + b * BLOCK : NULL;
     REAL *e = kept && n % GROUP == 0 ? kept : slot->e; /* whole groups are written */
+    const REAL *to = slot->to ? slot->to + (slot->to == slot->terms ? b + 1 : b) * BLOCK : next;
+    const bool keep = kept || slot->to || task->operation == PL_SCORE; /* by log_softmax for the sake of `to` */
     slot->x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->row.spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
-    FN(start_block)(&slot->block, slot->x, e, n, max, t, next, kept ? kept + BLOCK : next, kept || task->operation == PL_SCORE);
+    FN(start_block)(&slot->block, slot->x, e, n, max, t, next, to, keep);
     if (kept && e != kept) memcpy(kept, e, (size_t)n * sizeof(REAL));
     FN(finish_block)(&slot->block, &slot->row);
     if (task->operation == PL_SCORE) FN(score_block)(task, b, t, slot);

@@ -152,7 +152,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   if (kept && !(top_x = malloc((size_t)(batch * kept) * sizeof *top_x))) bad = -2;
   for (int64_t i = 0; i < batch; i++) {
     slots[i].blocks = joined;
-    slots[i].terms = NULL;
+    slots[i].terms = slots[i].to = NULL;
     slots[i].row.dot = slots[i].row.squares = 0; /* only PL_SCORE has them */
     FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index ? top_index + i * kept : NULL;
@@ -166,6 +166,10 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
       FN(reduce_short_rows)(task, r, rows, end, t, slots);
     } else {
       slots->terms = FN(place_of_terms)(task, r, end);
+      if (pl_whole(task)) {
+        const struct FN(sink) sink = FN(sink_at)(task, r);
+        slots->to = sink.direct ? (REAL *)(void *)sink.row : NULL;
+      }
       FN(reduce_blocks)(task, r, 0, blocks, end, t, slots, joined);
       slots->row = FN(join_row)(task, joined, t);
     }
