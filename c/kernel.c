@@ -50,10 +50,10 @@
 #define NATIVE_DTYPE PL_FLOAT32
 #define MANTISSA_BITS 23
 #define EXP_SCALE 0x1p+64f
-#define EXP_CENTER 0.0588915f /* (log(3/4) + log(3/2)) / 2 */
-#define SMALL 0x1p-55f        /* divided by EXP_SCALE, a factor's low part still has digits enough */
-#define BOOST 0x1p+40f
-#define LIFT 0x1p+32f
+#define EXP_CENTER 0.0588915f        /* (log(3/4) + log(3/2)) / 2 */
+#define SMALL 0x1p-55f               /* divided by EXP_SCALE, a factor's low part still has digits enough */
+#define BOOST 0x1p+40f               /* see line_of */
+#define LIFT 0x1p+32f                /* see probability */
 #define EXP_LOWEST (-132.35f)        /* in the middle of what is rounded to 2^-191, and scaled by a 0 */
 #define GRID (0x1.8p+23f * 0x1p-13f) /* added and subtracted, it rounds to multiples of 2^-13 */
 #define FAR 512                      /* |maximum / temperature| from which x - maximum is exact for all terms that count */

@@ -230,10 +230,11 @@ static REAL *FN(terms_of)(const struct pl_task *task, int64_t r, int64_t b, int6
                           const struct FN(slot) * slot, REAL *slopes)
 {
   const int64_t n = FN(block_length)(task, b);
-  const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room), *x = NULL;
-  if (!slot->terms || task->losses.softcap) x = FN(stage)(task, r, b * BLOCK, n, slot->room, slopes);
-  if (slot->terms) return slot->terms + b * BLOCK;
-  FN(repeat_terms)(x, slot->e, n, slot->blocks[b].max, t, next);
+  REAL *kept = slot->terms ? slot->terms + b * BLOCK : NULL;
+  if (kept && !task->losses.softcap) return kept;
+  const REAL *x = FN(stage)(task, r, b * BLOCK, n, slot->room, slopes);
+  if (kept) return kept;
+  FN(repeat_terms)(x, slot->e, n, slot->blocks[b].max, t, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room));
   return slot->e;
 }
 
@@ -344,7 +345,7 @@ static int64_t FN(write_row)(const struct pl_task *task, int64_t r, int64_t firs
   }
   if (scoring) return -1;
 
-  /* A row of one block is still in x and e; of a longer one each block is staged again, from cache. */
+  /* A row of one block is still in x and e; of a longer one logits are staged again, from cache, and see terms_of. */
   const struct FN(sink) sink = FN(sink_at)(task, r);
   const struct FN(line) line = {.factor = f.reciprocal, .factor_lo = f.reciprocal_lo};
   for (int64_t b = first; b < last; b++) {

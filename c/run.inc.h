@@ -96,15 +96,12 @@ static int64_t FN(write)(const struct pl_task *task, int64_t r, int64_t first, i
  * NULL: nowhere, as what lies there is needed, or is not of this type. */
 static REAL *FN(place_of_terms)(const struct pl_task *task, int64_t r, int64_t end)
 {
+  if (!FN(keeps_terms)(task)) return NULL;
   const struct pl_view *whole = pl_whole(task);
-  if (!FN(keeps_terms)(task) || whole->classes != (int64_t)sizeof(REAL)) return NULL;
-  if (task->operation == PL_CROSS_ENTROPY) {
-    if (task->dtype != NATIVE_DTYPE || whole->data == task->logits.data) return NULL;
-    if (whole->data == task->losses.probabilities.data) return NULL;
-  } else if (task->out_dtype != NATIVE_DTYPE) {
-    return NULL;
-  }
-  return (REAL *)(void *)FN(row_at)(task, whole, whole->data == task->logits.data ? r : end - 1);
+  const bool over_logits = whole->data == task->logits.data, over_targets = whole->data == task->losses.probabilities.data;
+  if (task->operation == PL_CROSS_ENTROPY && (over_logits || over_targets)) return NULL;
+  const struct FN(sink) sink = FN(sink_at)(task, over_logits ? r : end - 1);
+  return sink.direct || sink.streamed ? (REAL *)(void *)sink.row : NULL;
 }
 
 static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t end)
