@@ -23,12 +23,14 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock as compiling
-from numba.core.imputils import lower_getattr_generic
+from numba.core.imputils import impl_ret_borrowed, lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import populate_array
 
-DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+REALS = np.dtype(np.float32), np.dtype(np.float64)  # that are computed in
+HALVES = np.dtype(np.float16), np.dtype("bfloat16")  # whose bits are taken as uint16; ml_dtypes has made the second known
+DTYPES = frozenset(REALS + HALVES)
 
 # nogil: a serial call holds up nobody. error_model: a division by zero is an infinity.
 OPTIONS = {"fastmath": False, "error_model": "numpy", "nogil": True}
@@ -42,6 +44,7 @@ SHORT_LINES_WHOLE = 7  # the same, where the result is as long as the row
 TILE_BYTES = TILE * LINE_BYTES
 GROUP_BYTES = LINES * LINE_BYTES
 BATCH_BYTES = 4 * BLOCK_BYTES  # of rows that go through the steps together
+HALVES_BYTES = 4 * BLOCK_BYTES  # of rows of half precision that are float32 together
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
@@ -2609,50 +2612,137 @@ def score_rows(
                 brier[i, j] = brier_of(term(value, maximum, t), total, squares, f)
 
 
-# ---- half precision, whose rows come as copies in float32: the bits that NumPy makes, which takes 0.7 ns a bfloat16 and 6 ns a
-# float16 there and back, and these 0.3 and 0.8 ----
+# ---- half precision: some rows at a time are float32, in the bits that NumPy makes ----
 
 
-def widen_bfloat16(halves, numbers):
-    for i in range(halves.size):
-        numbers[i] = np.uint32(halves[i]) << np.uint32(16)
+@inlined
+def from_bfloat16(half):
+    return np.uint32(half) << np.uint32(16)
 
 
-def narrow_bfloat16(numbers, halves):
-    for i in range(halves.size):
-        number = numbers[i]
-        odd = (number >> np.uint32(16)) & np.uint32(1)
-        nearest = np.uint32(number + np.uint32(0x7FFF) + odd)
-        is_nan = np.uint32(number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        nan = np.uint32((number & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
-        halves[i] = np.uint32(nan if is_nan else nearest) >> np.uint32(16)
+@inlined
+def to_bfloat16(number):
+    odd = (number >> np.uint32(16)) & np.uint32(1)
+    nearest = np.uint32(number + np.uint32(0x7FFF) + odd)
+    is_nan = np.uint32(number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    nan = np.uint32((number & np.uint32(0x80000000)) | np.uint32(0x7FC00000))
+    return np.uint32(nan if is_nan else nearest) >> np.uint32(16)
 
 
-def widen_float16(halves, numbers):
-    for i in range(halves.size):
-        half = np.uint32(halves[i])
-        size = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
-        finite = np.float32(np.uint32(size).view(np.float32) * np.float32(2.0**112))  # exact, of subnormal numbers too
-        beyond = np.uint32(size | np.uint32(0x7F800000))
-        size = beyond if size >= np.uint32(0x0F800000) else np.float32(finite).view(np.uint32)
-        numbers[i] = size | ((half & np.uint32(0x8000)) << np.uint32(16))
+@inlined
+def from_float16(half):
+    half = np.uint32(half)
+    size = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
+    finite = np.float32(np.uint32(size).view(np.float32) * np.float32(2.0**112))  # exact, of subnormal numbers too
+    beyond = np.uint32(size | np.uint32(0x7F800000))
+    size = beyond if size >= np.uint32(0x0F800000) else np.float32(finite).view(np.uint32)
+    return size | ((half & np.uint32(0x8000)) << np.uint32(16))
 
 
-def narrow_float16(numbers, halves):
-    for i in range(halves.size):
-        number = numbers[i]
-        size = np.uint32(number & np.uint32(0x7FFFFFFF))
-        odd = (size >> np.uint32(13)) & np.uint32(1)
-        nearest = np.uint32(size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-        # beside 1/2 the last bit of a number counts for as much as that of a subnormal float16
-        moved = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
-        subnormal = np.uint32(np.float32(moved).view(np.uint32) - np.uint32(0x3F000000))
-        payload = np.uint32((size >> np.uint32(13)) & np.uint32(0x3FF))
-        half = np.uint32(subnormal if size < np.uint32(0x38800000) else nearest)
-        half = np.uint32(np.uint32(0x7C00) if size >= np.uint32(0x47800000) else half)
-        nan = np.uint32(0x7C00) | np.uint32(max(payload, np.uint32(1)))
-        half = np.uint32(nan if size > np.uint32(0x7F800000) else half)
-        halves[i] = half | ((number >> np.uint32(16)) & np.uint32(0x8000))
+@inlined
+def to_float16(number):
+    size = np.uint32(number & np.uint32(0x7FFFFFFF))
+    odd = (size >> np.uint32(13)) & np.uint32(1)
+    nearest = np.uint32(size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    # beside 1/2 the last bit of a number counts for as much as that of a subnormal float16
+    moved = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
+    subnormal = np.uint32(np.float32(moved).view(np.uint32) - np.uint32(0x3F000000))
+    payload = np.uint32((size >> np.uint32(13)) & np.uint32(0x3FF))
+    half = np.uint32(subnormal if size < np.uint32(0x38800000) else nearest)
+    half = np.uint32(np.uint32(0x7C00) if size >= np.uint32(0x47800000) else half)
+    nan = np.uint32(0x7C00) | np.uint32(max(payload, np.uint32(1)))
+    half = np.uint32(nan if size > np.uint32(0x7F800000) else half)
+    return half | ((number >> np.uint32(16)) & np.uint32(0x8000))
+
+
+@helper
+def convert(halves, numbers, widen, bfloat16):
+    """From halves to numbers or back, all bits."""
+    if widen and bfloat16:
+        for i in range(halves.size):
+            numbers[i] = from_bfloat16(halves[i])
+    elif widen:
+        for i in range(halves.size):
+            numbers[i] = from_float16(halves[i])
+    elif bfloat16:
+        for i in range(halves.size):
+            halves[i] = to_bfloat16(numbers[i])
+    else:
+        for i in range(halves.size):
+            halves[i] = to_float16(numbers[i])
+
+
+@allocating
+def convert_rows(array, room, begin, end, widen, bfloat16):
+    """Rows begin to end of an array of halves into room, one after the other, or back from there. Of another array, nothing."""
+    classes, inner = array.shape[1], array.shape[2]
+    if array.itemsize > 2:
+        return
+    if inner == 1 or array.strides[1] == array.itemsize:
+        for r in range(begin, end):
+            i, j = position(r, inner)
+            row, numbers = strip(array, i, 0, j, classes), section(room, (r - begin) * classes, classes)
+            if array.strides[1] == array.itemsize:
+                convert(packed(row), numbers, widen, bfloat16)
+            else:
+                convert(row, numbers, widen, bfloat16)
+        return
+    r = begin
+    while r < end:  # rows that lie side by side, class by class
+        i, j = position(r, inner)
+        count = min(end - r, inner - j)
+        first = (r - begin) * classes
+        numbers = section(room, first, count * classes)
+        for c in range(classes):
+            convert(array[i, c, j : j + count], numbers[c::classes], widen, bfloat16)
+        r += count
+
+
+@helper
+def rows_at_once(array, piece):
+    """How many rows of a piece are computed together: all but of halves."""
+    if array.itemsize > 2:
+        return piece
+    most = HALVES_BYTES // 4 // array.shape[1]
+    return max(1, min(piece, most // 16 * 16 if most > 16 else most))
+
+
+@allocating
+def room_for(array, rows):
+    """Room for so many rows of halves."""
+    return np.empty(0 if array.itemsize > 2 else rows * array.shape[1], np.uint32)
+
+
+@intrinsic
+def rows_in(typingctx, array, room, begin):
+    """The array; or one of float32 like an array of halves, whose rows from `begin` on lie in room, one after the other."""
+    if isinstance(array.dtype, types.Float):
+
+        def whole(context, builder, signature, args):
+            return impl_ret_borrowed(context, builder, array, args[0])
+
+        return array(array, room, types.intp), whole
+
+    kind = types.Array(types.float32, 3, "A", aligned=False)
+
+    def codegen(context, builder, signature, args):
+        source = context.make_array(array)(context, builder, args[0])
+        shape = cgutils.unpack_tuple(builder, source.shape)
+        size = context.get_constant(types.intp, 4)
+        row = builder.mul(shape[1], size)
+        data = context.make_array(room)(context, builder, args[1]).data
+        result = context.make_array(kind)(context, builder)
+        populate_array(
+            result,
+            data=builder.bitcast(cgutils.pointer_add(builder, data, builder.neg(builder.mul(args[2], row))), result.data.type),
+            shape=shape,
+            strides=[builder.mul(shape[2], row), size, row],
+            itemsize=size,
+            meminfo=None,
+        )
+        return result._getvalue()
+
+    return kind(array, room, types.intp), codegen
 
 
 # ---- the operations on pieces of rows, serial or parallel ----
@@ -2677,65 +2767,117 @@ def piece_end(logits, begin, piece):
     return min(begin + piece, logits.shape[0] * logits.shape[2])
 
 
-def softmax_pieces(logits, where, temperature, log, out, pieces, piece):
+# Room that rows lie in is used by each pass of the inner loop, so that it lasts until the end of that. Results take the place
+# of the logits there.
+
+
+def softmax_pieces(logits, where, temperature, log, out, bfloat16, pieces, piece):
+    step = rows_at_once(logits, piece)
     for p in prange(pieces):
-        softmax_rows(logits, where, temperature, log, out, p * piece, piece_end(logits, p * piece, piece))
+        room = room_for(logits, step)
+        stop = piece_end(logits, p * piece, piece)
+        for begin in range(p * piece, stop, step):
+            end = min(begin + step, stop)
+            convert_rows(logits, room, begin, end, True, bfloat16)
+            softmax_rows(rows_in(logits, room, begin), where, temperature, log, rows_in(out, room, begin), begin, end)
+            convert_rows(out, room, begin, end, False, bfloat16)
 
 
-def logsumexp_pieces(logits, where, temperature, out, pieces, piece):
+def logsumexp_pieces(logits, where, temperature, out, bfloat16, pieces, piece):
+    step = rows_at_once(logits, piece)
     for p in prange(pieces):
-        logsumexp_rows(logits, where, temperature, out, p * piece, piece_end(logits, p * piece, piece))
+        room = room_for(logits, step)
+        stop = piece_end(logits, p * piece, piece)
+        for begin in range(p * piece, stop, step):
+            end = min(begin + step, stop)
+            convert_rows(logits, room, begin, end, True, bfloat16)
+            logsumexp_rows(rows_in(logits, room, begin), where, temperature, out, begin, end)
 
 
-def pick_pieces(logits, where, indices, temperature, loss, out, pieces, piece):
+def pick_pieces(logits, where, indices, temperature, loss, out, bfloat16, pieces, piece):
     bad = first_outside(indices, logits.shape[1], np.empty(0, np.int64))
     if bad == -1:
+        step = rows_at_once(logits, piece)
         for p in prange(pieces):
-            pick_rows(
-                logits,
-                where,
-                indices,
-                temperature,
-                loss,
-                out,
-                p * piece,
-                piece_end(logits, p * piece, piece),
-            )
+            room = room_for(logits, step)
+            stop = piece_end(logits, p * piece, piece)
+            for begin in range(p * piece, stop, step):
+                end = min(begin + step, stop)
+                convert_rows(logits, room, begin, end, True, bfloat16)
+                pick_rows(rows_in(logits, room, begin), where, indices, temperature, loss, out, begin, end)
     return bad
 
 
-def dense_pieces(logits, where, labels, out, pieces, piece):
+def dense_pieces(logits, where, labels, out, bfloat16, pieces, piece):
+    step = rows_at_once(logits, piece)
     for p in prange(pieces):
-        dense_rows(logits, where, labels, out, p * piece, piece_end(logits, p * piece, piece))
+        room, others = room_for(logits, step), room_for(labels, step)
+        stop = piece_end(logits, p * piece, piece)
+        for begin in range(p * piece, stop, step):
+            end = min(begin + step, stop)
+            convert_rows(logits, room, begin, end, True, bfloat16)
+            convert_rows(labels, others, begin, end, True, bfloat16)
+            dense_rows(rows_in(logits, room, begin), where, rows_in(labels, others, begin), out, begin, end)
 
 
 def loss_pieces(
-    logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, pieces, piece
+    logits,
+    where,
+    probabilities,
+    labels,
+    ignored,
+    weight,
+    sample_weight,
+    loss_grad,
+    numbers,
+    grad,
+    out,
+    bfloat16,
+    pieces,
+    piece,
 ):
     bad = first_outside(np.expand_dims(labels, 1), logits.shape[1], ignored)
     if bad == -1:
+        step = rows_at_once(logits, piece)
         for p in prange(pieces):
-            loss_rows(
-                logits,
-                where,
-                probabilities,
-                labels,
-                ignored,
-                weight,
-                sample_weight,
-                loss_grad,
-                numbers,
-                grad,
-                out,
-                p * piece,
-                piece_end(logits, p * piece, piece),
-            )
+            room, others = room_for(logits, step), room_for(probabilities, step)
+            stop = piece_end(logits, p * piece, piece)
+            for begin in range(p * piece, stop, step):
+                end = min(begin + step, stop)
+                convert_rows(logits, room, begin, end, True, bfloat16)
+                convert_rows(probabilities, others, begin, end, True, bfloat16)
+                loss_rows(
+                    rows_in(logits, room, begin),
+                    where,
+                    rows_in(probabilities, others, begin),
+                    labels,
+                    ignored,
+                    weight,
+                    sample_weight,
+                    loss_grad,
+                    numbers,
+                    rows_in(grad, room, begin),
+                    out,
+                    begin,
+                    end,
+                )
+                convert_rows(grad, room, begin, end, False, bfloat16)
     return bad
 
 
-def backward_pieces(results, grad, log, out, pieces, piece):
+def backward_pieces(results, grad, log, out, bfloat16, pieces, piece):
+    step = rows_at_once(results, piece)
     for p in prange(pieces):
-        backward_rows(results, grad, log, out, p * piece, piece_end(results, p * piece, piece))
+        room, others = room_for(results, step), room_for(grad, step)
+        stop = piece_end(results, p * piece, piece)
+        for begin in range(p * piece, stop, step):
+            end = min(begin + step, stop)
+            convert_rows(results, room, begin, end, True, bfloat16)
+            convert_rows(grad, others, begin, end, True, bfloat16)
+            backward_rows(
+                rows_in(results, room, begin), rows_in(grad, others, begin), log, rows_in(out, room, begin), begin, end
+            )
+            convert_rows(out, room, begin, end, False, bfloat16)
 
 
 def score_pieces(
@@ -2752,33 +2894,42 @@ def score_pieces(
     loss,
     correct,
     brier,
+    bfloat16,
     pieces,
     piece,
 ):
     bad = first_outside(np.expand_dims(labels, 1), logits.shape[1], np.empty(0, np.int64))
     if bad == -1:
+        step = rows_at_once(logits, piece)
         for p in prange(pieces):
-            score_rows(
-                logits,
-                where,
-                labels,
-                temperature,
-                prediction,
-                confidence,
-                entropy,
-                logsumexp,
-                top_indices,
-                top_probabilities,
-                loss,
-                correct,
-                brier,
-                p * piece,
-                piece_end(logits, p * piece, piece),
-            )
+            room = room_for(logits, step)
+            stop = piece_end(logits, p * piece, piece)
+            for begin in range(p * piece, stop, step):
+                end = min(begin + step, stop)
+                convert_rows(logits, room, begin, end, True, bfloat16)
+                score_rows(
+                    rows_in(logits, room, begin),
+                    where,
+                    labels,
+                    temperature,
+                    prediction,
+                    confidence,
+                    entropy,
+                    logsumexp,
+                    top_indices,
+                    top_probabilities,
+                    loss,
+                    correct,
+                    brier,
+                    begin,
+                    end,
+                )
     return bad
 
 
 # ---- compiling, with a cache that cannot hurt ----
+
+_BITS = np.dtype(np.uint16)
 
 
 class _CacheFile(IndexDataCacheFile):
@@ -2825,21 +2976,17 @@ def _array(dtype, ndim):
     return types.Array(dtype, ndim, "A", aligned=False)
 
 
-_HALVES = {"bfloat16": (widen_bfloat16, narrow_bfloat16), "float16": (widen_float16, narrow_float16)}
-
-
-def _signature(function, real):
-    halves, numbers = (types.Array(bits, 1, "C", aligned=False) for bits in (types.uint16, types.uint32))
-    full, per_row, per_top = _array(real, 3), _array(real, 2), _array(real, 3)
+def _signature(function, element):
+    """Of logits whose elements are float32, float64, or uint16 for halves."""
+    real = types.float32 if element == types.uint16 else element
+    full, per_row, per_top = _array(element, 3), _array(real, 2), _array(real, 3)
     where, labels, label = _array(types.uint8, 3), _array(types.int64, 3), _array(types.int64, 2)
     flag, count = types.boolean, types.intp
-    return {
-        **dict.fromkeys((widen_bfloat16, widen_float16), (halves, numbers)),
-        **dict.fromkeys((narrow_bfloat16, narrow_float16), (numbers, halves)),
-        softmax_pieces: (full, where, real, flag, full, count, count),
-        logsumexp_pieces: (full, where, real, per_row, count, count),
-        pick_pieces: (full, where, labels, real, flag, full, count, count),
-        dense_pieces: (full, where, full, per_row, count, count),
+    operands = {
+        softmax_pieces: (full, where, real, flag, full),
+        logsumexp_pieces: (full, where, real, per_row),
+        pick_pieces: (full, where, labels, real, flag, per_top),
+        dense_pieces: (full, where, full, per_row),
         loss_pieces: (
             full,
             where,
@@ -2852,10 +2999,8 @@ def _signature(function, real):
             types.NamedUniTuple(real, len(LossNumbers._fields), LossNumbers),
             full,
             per_row,
-            count,
-            count,
         ),
-        backward_pieces: (full, full, flag, full, count, count),
+        backward_pieces: (full, full, flag, full),
         score_pieces: (
             full,
             where,
@@ -2870,10 +3015,9 @@ def _signature(function, real):
             per_row,
             _array(flag, 2),
             per_row,
-            count,
-            count,
         ),
     }[function]
+    return *operands, flag, count, count
 
 
 @cache
@@ -2893,12 +3037,10 @@ def compile_all():
     """Everything that a call may want, into Numba's cache: yields what is done."""
     functions = softmax_pieces, logsumexp_pieces, pick_pieces, dense_pieces, loss_pieces, backward_pieces, score_pieces
     twins = (False, True) if _may_enter_threads() else (False,)
-    for function, dtype, parallel in itertools.product(functions, sorted(DTYPES, key=str), twins):
+    for function, dtype, parallel in itertools.product(functions, (*REALS, _BITS), twins):
         compiled(function, dtype, parallel)
-        yield f"{function.__name__.removesuffix('_pieces')} {dtype}, {'threads' if parallel else 'serial'}"
-    for function in itertools.chain(*_HALVES.values()):
-        compiled(function, np.dtype(np.float32), False)
-        yield function.__name__
+        name = "half precision" if dtype == _BITS else dtype
+        yield f"{function.__name__.removesuffix('_pieces')} {name}, {'threads' if parallel else 'serial'}"
 
 
 @cache
@@ -2921,6 +3063,8 @@ PIECE_ROWS = 16  # a whole tile of floats
 
 
 def _run(function, threads, logits, *arguments):
+    bfloat16 = logits.dtype == HALVES[1]
+    logits, *arguments = map(_bits, (logits, *arguments, bfloat16))
     rows = logits.shape[0] * logits.shape[2]
     threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
     if threads > 1 and _may_enter_threads() and _parallel.acquire(blocking=False):
@@ -2929,6 +3073,11 @@ def _run(function, threads, logits, *arguments):
         finally:
             _parallel.release()
     return compiled(function, logits.dtype, False)(logits, *arguments, 1, rows)
+
+
+def _bits(value):
+    """Halves as their bits."""
+    return value.view(_BITS) if isinstance(value, np.ndarray) and value.dtype in HALVES else value
 
 
 @cache
@@ -2956,16 +3105,9 @@ def _run_parallel(kernel, threads, rows, *arguments):
 # ---- the backend's functions ----
 
 
-def convert(target, source):
-    """target[...] = source, for half precision by compiled code."""
-    half, single = (source, target) if source.itemsize == 2 else (target, source)
-    plain = all(array.dtype.isnative and array.flags.c_contiguous for array in (half, single))
-    if half.dtype.name in _HALVES and single.dtype == np.float32 and plain:
-        widen, narrow = _HALVES[half.dtype.name]
-        function = compiled(widen if half is source else narrow, single.dtype, False)
-        function(*(array.reshape(-1).view(f"u{array.itemsize}") for array in (source, target)))
-    else:
-        target[...] = source
+def _number_dtype(logits):
+    """The dtype that is computed in, and that numbers of a row have."""
+    return REALS[0] if logits.dtype in HALVES else logits.dtype
 
 
 def _where(where, logits):
@@ -2986,7 +3128,11 @@ def logsumexp(logits, where, temperature, out, threads):
 
 
 def selective_log_softmax(logits, indices, temperature, out, threads):
-    return _run(pick_pieces, threads, logits, _where(None, logits), indices, temperature, False, out)
+    picked = np.empty(out.shape, _number_dtype(logits)) if out.dtype in HALVES else out
+    status = _run(pick_pieces, threads, logits, _where(None, logits), indices, temperature, False, picked)
+    if picked is not out:
+        out[...] = picked
+    return status
 
 
 def softmax_cross_entropy_with_logits(logits, labels, out, threads):
@@ -3002,7 +3148,8 @@ def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad
         # without options, the kernel that is made for it, with the same bits
         where, labels, out = _where(None, logits), labels[:, None], out[:, None]
         return _run(pick_pieces, threads, logits, where, labels, options.temperature, True, out)
-    no_classes, no_rows = np.empty((logits.shape[0], 0, logits.shape[2]), logits.dtype), np.empty((0, 0), logits.dtype)
+    real = _number_dtype(logits)
+    no_classes, no_rows = np.empty((logits.shape[0], 0, logits.shape[2]), logits.dtype), np.empty((0, 0), real)
     ignored = [] if options.ignore_index is None else [options.ignore_index]
     return _run(
         loss_pieces,
@@ -3012,7 +3159,7 @@ def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad
         no_classes if probabilities is None else probabilities,
         np.empty((0, 0), np.int64) if labels is None else labels,
         np.array(ignored, np.int64),
-        np.ascontiguousarray([] if options.weight is None else options.weight, logits.dtype),
+        np.ascontiguousarray([] if options.weight is None else options.weight, real),
         no_rows if sample_weight is None else sample_weight,
         no_rows if loss_grad is None else loss_grad,
         LossNumbers(options.label_smoothing, options.z_loss, options.softcap or 0.0, options.temperature, *options.scale),
@@ -3051,5 +3198,5 @@ def score(logits, targets, temperature, scores, threads, brier=None):
         *top,
         loss,
         correct,
-        np.empty((0, 0), logits.dtype) if brier is None else brier,
+        np.empty((0, 0), _number_dtype(logits)) if brier is None else brier,
     )

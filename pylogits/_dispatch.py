@@ -1,7 +1,7 @@
 """Which backend and how many threads a call gets, and the switches that force them.
 
 A backend is a module with the functions of `pylogits._reference`, on the same arguments; `DTYPES` names the dtypes it
-takes as they are, and `_rows` converts the others piece by piece, by the backend's `convert` where it has one.
+takes as they are, and `_rows` converts the others piece by piece.
 """
 
 import importlib

@@ -32,7 +32,7 @@ def _check_logits(logits: Any, name: str) -> None:
 
 
 def _kernel(name: str, logits: Any) -> Any:
-    """An operation on (rows, classes, 1), in as many pieces as it is told, of so many rows."""
+    """An operation on (rows, classes, 1), not of half precision, in as many pieces as it is told, of so many rows."""
     cpu = _dispatch.load("numba")
     return cpu.callable_from_jit(getattr(cpu, name), np.dtype(logits.dtype.name))
 
@@ -88,7 +88,7 @@ def _full(name: str, log: bool) -> Any:
             out = np.empty_like(logits)
             if logits.size:
                 rows = _as_rows(logits)
-                kernel(rows, _no_mask(rows), temperature, log, _as_rows(out), 1, len(rows))
+                kernel(rows, _no_mask(rows), temperature, log, _as_rows(out), False, 1, len(rows))
             return out
 
         return run
@@ -105,7 +105,7 @@ def _logsumexp(logits, axis=-1):  # type: ignore[no-untyped-def]
         out = np.full(logits.shape[0], -np.inf, logits.dtype)
         if logits.size:
             rows = _as_rows(logits)
-            kernel(rows, _no_mask(rows), temperature, out.reshape(len(rows), 1), 1, len(rows))
+            kernel(rows, _no_mask(rows), temperature, out.reshape(len(rows), 1), False, 1, len(rows))
         return out
 
     def of_rows(logits, axis=-1):  # type: ignore[no-untyped-def]
@@ -136,7 +136,7 @@ def _losses(logits: Any) -> Any:
         out = np.empty(count, logits.dtype)
         if count:
             rows, indices = _as_rows(logits), labels.astype(np.int64).reshape(count, 1, 1)
-            kernel(rows, _no_mask(rows), indices, temperature, True, out.reshape(count, 1, 1), 1, count)
+            kernel(rows, _no_mask(rows), indices, temperature, True, out.reshape(count, 1, 1), False, 1, count)
         return out
 
     return losses

@@ -24,7 +24,6 @@ from pylogits._device import DeviceArray
 Array = npt.NDArray[Any]
 Axis = SupportsIndex | tuple[SupportsIndex, ...] | None
 Kernel = Callable[..., int | None]
-Convert = Callable[[Array, Array], None]
 
 # A piece is small enough to stay in a core's second-level cache and large enough to hide the cost of a call.
 PIECE_BYTES = 1 << 20
@@ -288,9 +287,7 @@ def run(
     if whole is not None:
         good = all(part.call(kernel) in (None, -1) for part in whole.parts())
     else:
-        convert = getattr(module, "convert", _assign)
-        pieces_of = _as_pieces(operands, module.DTYPES, axes, convert)
-        good = all(_run_piece(kernel, piece, targets, convert) for piece, targets in pieces_of)
+        good = all(_run_piece(kernel, *piece) for piece in _as_pieces(operands, module.DTYPES, axes))
     if not good and complain is not None:
         complain()
 
@@ -341,7 +338,7 @@ def _as_whole(operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[
 
 
 def _as_pieces(
-    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...], convert: Convert
+    operands: Operands, dtypes: frozenset[np.dtype[Any]], axes: tuple[int, ...]
 ) -> Iterator[tuple[Operands, list[Array]]]:
     """Copies of consecutive rows as (rows, classes, 1), all in the same memory, and where their outputs belong."""
     logits = operands.inputs[0]
@@ -373,7 +370,7 @@ def _as_pieces(
 
         def copy(array: Array, room: Array, index: Any = (*index, ...), rows: slice = rows) -> Array:
             part = last(array)[index]  # never a scalar
-            convert(room[rows].reshape(part.shape), part)
+            room[rows].reshape(part.shape)[...] = part
             return room[rows]
 
         def per_row(array: Array, rows: slice = slice(start, stop)) -> Array:
@@ -388,15 +385,11 @@ def _as_pieces(
         yield piece, [last(array)[(*index, ...)] for array, _ in outputs]
 
 
-def _assign(target: Array, source: Array) -> None:
-    target[...] = source
-
-
-def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array], convert: Convert) -> bool:
+def _run_piece(kernel: Kernel, piece: Operands, targets: list[Array]) -> bool:
     good = piece.call(kernel) in (None, -1)
     if good:
         for target, result in zip(targets, piece.outputs, strict=True):
-            convert(target, result.reshape(target.shape))
+            target[...] = result.reshape(target.shape)
     return good
 
 

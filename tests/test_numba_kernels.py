@@ -15,6 +15,7 @@ from cases import dtype_of
 from numba import float32, njit
 from pylogits.kernels import cpu
 
+import pylogits
 from pylogits._reference import LossOptions, Scores
 
 SHAPES = [
@@ -333,24 +334,52 @@ def test_the_exponential_is_computed_in_whole_registers(dtype, suffix):
 # ---- half precision ----
 
 
+@njit
+def convert(halves, numbers, widen, bfloat16):
+    cpu.convert(halves, numbers, widen, bfloat16)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_converted_as_numpy_does(dtype):
-    halves = np.arange(1 << 16).astype(np.uint16).view(dtype_of(dtype))
+    every = np.arange(1 << 16).astype(np.uint16).view(dtype_of(dtype))
     rng = np.random.default_rng(0)
     bits = rng.integers(1 << 32, size=1 << 20, dtype=np.uint32)
     near = rng.integers(0x33000000, 0x48000000, size=1 << 20, dtype=np.uint32)  # what is finite in float16
     ties = np.concatenate([near & ~np.uint32(0xFFF), bits & ~np.uint32(0x7FFF)])
-    numbers = np.concatenate([bits, near, ties, ties + 1, ties - 1]).view(np.float32)
-    for source, target in ((halves, np.float32), (numbers, halves.dtype)):
-        with np.errstate(all="ignore"):
-            expected = source.astype(target)
-        got = np.empty_like(expected)
-        cpu.convert(got, source)
-        np.testing.assert_array_equal(got.view(f"u{got.itemsize}"), expected.view(f"u{got.itemsize}"))
+    numbers = np.concatenate([bits, near, ties, ties + 1, ties - 1])
+    with np.errstate(all="ignore"):
+        wide, narrow = every.astype(np.float32), numbers.view(np.float32).astype(every.dtype)
+    halves, room = np.empty(numbers.size, np.uint16), np.empty(every.size, np.uint32)
+    convert(every.view(np.uint16), room, True, dtype == "bfloat16")
+    np.testing.assert_array_equal(room, wide.view(np.uint32))
+    convert(halves, numbers, False, dtype == "bfloat16")
+    np.testing.assert_array_equal(halves, narrow.view(np.uint16))
 
 
-def test_half_precision_of_any_layout():
-    source = np.arange(24, dtype=np.float32).reshape(4, 6)
-    for target in (np.zeros((6, 4), np.float16).T, np.zeros((4, 12), np.float16)[:, ::2], np.zeros((4, 6), ">f2")):
-        cpu.convert(target, source)
-        np.testing.assert_array_equal(target, source)
+def rows_of_halves(layout, axis):
+    logits = np.random.default_rng(0).normal(size=(6, 40, 37)).astype(np.float16)
+    labels = np.arange(logits.size // logits.shape[axis]).reshape(np.delete(logits.shape, axis)) % logits.shape[axis]
+    return {
+        "contiguous": logits,
+        "reversed": logits[..., ::-1],
+        "every other": np.repeat(logits, 2, -1)[..., ::2],
+        "transposed": np.ascontiguousarray(logits.T).T,
+        "byte-swapped": logits.astype(">f2"),
+    }[layout], labels
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "reversed", "every other", "transposed", "byte-swapped"])
+def test_half_precision_of_any_layout(layout, axis):
+    """More rows than are float32 at once."""
+    logits, labels = rows_of_halves(layout, axis)
+    single = logits.astype(np.float32)
+    with pylogits.use_backend("numba"):
+        wanted = pylogits.softmax(single, axis=axis)
+        out = np.empty_like(logits, np.float16)
+        pylogits.softmax(logits, axis=axis, out=out)
+        np.testing.assert_array_equal(out, wanted.astype(np.float16))
+        loss, grad = pylogits.cross_entropy_value_and_grad(logits, labels, axis=axis, reduction="none")
+        wanted, slopes = pylogits.cross_entropy_value_and_grad(single, labels, axis=axis, reduction="none")
+        np.testing.assert_array_equal(loss, wanted)
+        np.testing.assert_array_equal(grad, slopes.astype(np.float16))
