@@ -46,6 +46,7 @@ GROUP_BYTES = LINES * LINE_BYTES
 BATCH_BYTES = 4 * BLOCK_BYTES  # of rows that go through the steps together
 HALVES_BYTES = 4 * BLOCK_BYTES  # of rows of half precision that are float32 together
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
+PIECE_ROWS = 16  # a whole tile of floats
 ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
 
 # ---- the constants of c/kernel.c ----
@@ -1297,6 +1298,24 @@ def stage(logits, where, r, first, room, cap=None):
     return section(room, 0, row.size)
 
 
+@helper
+def keep_block(x, e, result, maximum, t, upcoming):
+    """As reduce_block, with the terms where the results go, which are as many as the logits; e is lost."""
+    whole = result.size % (LINES * constants(x[0]).lanes) == 0  # as whole groups are written
+    total, total_lo, _ = reduce_block(x, result if whole else e, maximum, t, True, upcoming)
+    if not whole:
+        copy(result, e, result.size)
+    return total, total_lo
+
+
+@helper
+def scale_kept(result, scaling, minuses, minus):
+    """Results from the terms of a block that keep_block left in their place, and from what scaling_of said."""
+    for c in range(0 if scaling[2] == constants(result[0]).one else result.size):
+        result[c] *= scaling[2]
+    scale_terms(result, scaling[:2], minuses, minus, result)
+
+
 @allocating
 def reduce_row(logits, where, r, end, room, e, blocks, t, keep, out):
     """All four steps. The terms are kept in the row of `out`, which is contiguous, if it is not None."""
@@ -1309,11 +1328,7 @@ def reduce_row(logits, where, r, end, room, e, blocks, t, keep, out):
         if out is None:
             blocks[b, 1], blocks[b, 2], _ = reduce_block(x, e, maximum, t, keep, upcoming)
         else:
-            to = packed(block_of(out, r, b * k.block))
-            whole = to.size % (LINES * k.lanes) == 0  # as whole groups are written
-            blocks[b, 1], blocks[b, 2], _ = reduce_block(x, to if whole else e, maximum, t, True, upcoming)
-            if not whole:
-                copy(to, e, to.size)
+            blocks[b, 1], blocks[b, 2] = keep_block(x, e, packed(block_of(out, r, b * k.block)), maximum, t, upcoming)
         blocks[b, 3] = blocks[b, 4] = k.zero
     return join_blocks(blocks, t)[:3]
 
@@ -1340,7 +1355,8 @@ def room_of(x, classes):
 @allocating
 def reduce_short_rows(logits, r, rows, end, e, keep, numbers, out):
     """Steps 1 to 3: the maxima and the sums of rows, as reduce_tile has them, and in the first lines of `numbers`; `keep`
-    leaves the terms in e, row by row. Results go to the rows of `out`, which are contiguous, if it is not None."""
+    leaves the terms in e, row by row. Results will go to the rows of `out`, if it is not None: they are asked for, as if they
+    were contiguous."""
     k = constants(e[0])
     t = k.one, k.zero
     s, s_lo = scratch(e[0], TREE_BYTES), scratch(e[0], TREE_BYTES)
@@ -1970,9 +1986,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
                 of_block = blocks[first // k.block, 0]
                 scaling = scaling_of(f[2:], of_block, maximum, t)
                 if in_place:
-                    for c in range(0 if scaling[2] == k.one else result.size):
-                        result[c] *= scaling[2]
-                    scale_terms(result, scaling[:2], None, k.zero, result)
+                    scale_kept(result, scaling, None, k.zero)
                 else:
                     of_block = of_block if finite(of_block) else maximum
                     write_terms(stage(logits, where, r, first, x), e, of_block, t, scaling, None, k.zero, result)
@@ -2092,9 +2106,9 @@ def dense_rows(logits, where, labels, out, begin, end):
 
 @allocating
 def write_slopes(
-    logits, where, probabilities, weight, numbers, label, r, maximum, blocks, t, spread, loss, x, e, q, slopes, grad
+    logits, where, probabilities, weight, numbers, label, r, maximum, blocks, t, spread, loss, x, e, q, slopes, in_place, grad
 ):
-    """The gradient of a row. Its terms are in e, if it has one block only."""
+    """The gradient of a row. Its terms are in e, if it has one block only, or `in_place`."""
     k = constants(maximum)
     cap = cap_of(numbers)
     soft = probabilities.shape[1] != 0
@@ -2114,10 +2128,14 @@ def write_slopes(
         of_block = blocks[first // k.block, 0]
         scaling = loss.factor[0], loss.factor[1], k.one
         if logits.shape[1] > k.block:
-            staged = stage(logits, where, r, first, x, cap)
             scaling = scaling_of(loss.factor, of_block, maximum, t)
+            staged = x if in_place else stage(logits, where, r, first, x, cap)
             near = of_block if finite(of_block) else maximum
-            if soft or weighted:
+            if in_place and (soft or weighted):
+                scale_kept(result, scaling, q, k.zero)
+            elif in_place:
+                scale_kept(result, scaling, None, loss.even)
+            elif soft or weighted:
                 write_terms(staged, e, near, t, scaling, q, k.zero, result)
             else:
                 write_terms(staged, e, near, t, scaling, None, loss.even, result)
@@ -2293,12 +2311,18 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     spreads = np.empty((len(blocks), 6), logits.dtype)
     keep = grad.size != 0 and len(blocks) == 1
     short = is_short(logits, where, t) and numbers.softcap == k.zero
+    # The terms of several blocks wait in the gradient's row, unless it is that of what is read once more.
+    apart = grad.ctypes.data != logits.ctypes.data and grad.ctypes.data != probabilities.ctypes.data
+    in_place = grad.size != 0 and len(blocks) > 1 and grad.strides[1] == grad.itemsize and apart
     size, most = room_of(e, classes) if short else (k.block, 1)
     of_rows, closings = scratch(numbers.softcap, GROUP_BYTES), scratch(numbers.softcap, GROUP_BYTES)
     for start in range(begin, end, most):
         rows = min(most, end - start)
         if short:
-            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, keep, of_rows, None)
+            if keep:
+                maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, True, of_rows, grad)
+            else:
+                maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, False, of_rows, None)
             put_group(closings, 0, finish_row(maximum, total, total_lo))
         for lane in range(rows):
             r = start + lane
@@ -2316,7 +2340,11 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
                     keep_spread(spreads, b, spread)
                     upcoming = next_block(logits, r, b * k.block, end, staged)
                     blocks[b, 0] = maximum
-                    blocks[b, 1], blocks[b, 2], _ = reduce_block(staged, e, maximum, t, keep, upcoming)
+                    if in_place:
+                        target = packed(block_of(grad, r, b * k.block))
+                        blocks[b, 1], blocks[b, 2] = keep_block(staged, e, target, maximum, t, upcoming)
+                    else:
+                        blocks[b, 1], blocks[b, 2], _ = reduce_block(staged, e, maximum, t, keep, upcoming)
                     blocks[b, 3] = blocks[b, 4] = k.zero
                 maximum, total, total_lo = join_blocks(blocks, t)[:3]
                 spread = join_spreads(blocks, spreads, maximum)
@@ -2356,6 +2384,7 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
                     kept,
                     q,
                     slopes,
+                    in_place,
                     grad,
                 )
 
@@ -2702,9 +2731,10 @@ def convert_rows(array, room, begin, end, widen, bfloat16):
 def rows_at_once(array, piece):
     """How many rows of a piece are computed together: all but of halves."""
     if array.itemsize > 2:
-        return piece
+        return max(1, piece)
     most = HALVES_BYTES // 4 // array.shape[1]
-    return max(1, min(piece, most // 16 * 16 if most > 16 else most))
+    whole = most // PIECE_ROWS * PIECE_ROWS
+    return max(1, min(piece, whole if whole else most))
 
 
 @allocating
@@ -3059,7 +3089,6 @@ def _compiled_once(function, dtype, parallel):
 _parallel = threading.Lock()
 
 PIECES_PER_THREAD = 8  # so that a thread that is held up does not hold up the others
-PIECE_ROWS = 16  # a whole tile of floats
 
 
 def _run(function, threads, logits, *arguments):
