@@ -472,10 +472,10 @@ def test_config(capsys):
 
 
 def test_warmup(monkeypatch):
-    """Each operation for both dtypes, serial and parallel, and conversions; compiled elsewhere, as it takes minutes."""
+    """Each operation for both dtypes and the bits of halves, serial and parallel; compiled elsewhere, as it takes minutes."""
     cpu = pytest.importorskip("pylogits.kernels.cpu")
     compiled = []
     monkeypatch.setattr(cpu, "compiled", lambda *arguments: compiled.append(arguments))
     result = run("warmup")
-    assert (result.exit_code, len(set(compiled))) == (0, 32)
+    assert (result.exit_code, len(set(compiled))) == (0, 42)
     assert result.stdout.splitlines()[:2] == ["softmax float32, serial", "softmax float32, threads"]
