@@ -51,8 +51,8 @@ struct pl_task {
 int64_t pl_run(const struct pl_task *task, int threads);
 
 /* The same for C-contiguous arrays, `size` logits in all, whose last axis are the classes; NULL for those that the operation
- * lacks. `grad` is the input of the backward forms, and what cross entropy writes. Results have the dtype of the logits, and
- * there is one label a row. */
+ * lacks. `grad` is the input of the backward forms, and what cross entropy writes. Results have the dtype of the logits, but
+ * for losses and logsumexps of half precision, which are floats; and there is one label a row. */
 int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const void *labels, const void *probabilities,
                           void *grad, void *out, int64_t size, int64_t classes, double temperature, double scale,
                           double scale_lo, int threads);

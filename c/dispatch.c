@@ -437,7 +437,12 @@ int64_t pl_run_contiguous(int operation, int dtype, const void *logits, const vo
       .losses = {.scale = scale, .scale_lo = scale_lo, .probabilities = {(void *)probabilities, row, item, item}},
   };
   *(pl_is_backward(&task) ? &task.grad : &task.losses.grad) = (struct pl_view){grad, row, item, item};
-  if (pl_whole(&task) == &task.out) task.out.outer = row;
+  if (pl_whole(&task) == &task.out) {
+    task.out.outer = row;
+  } else if (item < (int64_t)sizeof(float) && operation != PL_SELECTIVE_LOG_SOFTMAX) {
+    task.out_dtype = PL_FLOAT32;
+    task.out.outer = task.out.classes = task.out.inner = sizeof(float);
+  }
   return pl_run(&task, threads);
 }
 

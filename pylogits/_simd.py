@@ -12,14 +12,14 @@ from pylogits._reference import LossOptions, Scores
 
 Array = npt.NDArray[Any]
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CODES: dict[np.dtype[Any], int] = {
     np.dtype(np.float16): lib.PL_FLOAT16,
-    np.dtype(ml_dtypes.bfloat16): lib.PL_BFLOAT16,
+    _BFLOAT16: lib.PL_BFLOAT16,
     np.dtype(np.float32): lib.PL_FLOAT32,
     np.dtype(np.float64): lib.PL_FLOAT64,
 }
 DTYPES = frozenset(_CODES)
-_WIDE = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 _TASK, _VOID, _BYTES, _INTEGERS = map(ffi.typeof, ("struct pl_task *", "void *", "char[]", "int64_t[]"))
 _SCORE_TYPES = {"prediction": _INTEGERS, "top_k_indices": _INTEGERS, "correct": ffi.typeof("unsigned char[]")}
 _SCORES = [(name, _SCORE_TYPES.get(name, _BYTES)) for name in Scores._fields]
@@ -105,12 +105,20 @@ def _run(
 def _run_simple(operation: int, logits: Array, threads: int, **arguments: Any) -> int | None:
     """`run_contiguous` where that can be, in a third of the time that a task takes; else None."""
     _, classes, inner = logits.shape
-    if inner != 1 or logits.dtype not in _WIDE or classes > PART_SIZE:
+    if inner != 1 or classes > PART_SIZE:
         return None
+    dtype = logits.dtype
+    if dtype == _BFLOAT16:
+        logits, arguments = _bits(logits), {name: _bits(value) for name, value in arguments.items()}
     try:
-        return run_contiguous(operation, logits.dtype, logits, logits.size, classes, threads, **arguments)
+        return run_contiguous(operation, dtype, logits, logits.size, classes, threads, **arguments)
     except ValueError:  # an array is not contiguous
         return None
+
+
+def _bits(value: Any) -> Any:
+    """An array of bfloat16, which is no buffer, as one."""
+    return value.view(np.uint16) if isinstance(value, np.ndarray) and value.dtype == _BFLOAT16 else value
 
 
 def run_contiguous(
@@ -183,9 +191,8 @@ def _numbers(task: Any) -> Array:
 
 def _view(array: Array) -> tuple[Any, int, int, int]:
     """A pl_view; an array of shape (outer, inner) has no stride along the classes."""
-    # A buffer is had in a third of the time. Only contiguous arrays are one, and not those of bfloat16.
-    is_buffer = array.flags.c_contiguous and array.dtype.kind != "V"
-    data = _from_buffer(array) if is_buffer else ffi.cast(_VOID, array.ctypes.data)
+    # A buffer is had in a third of the time. Only contiguous arrays are one.
+    data = _from_buffer(_bits(array)) if array.flags.c_contiguous else ffi.cast(_VOID, array.ctypes.data)
     if array.ndim == 3:
         return data, *array.strides
     outer, inner = array.strides
