@@ -340,8 +340,9 @@ static struct plan decode(struct input *in)
       plan.labels = fill_labels(in, task, contiguous(INT64, task->outer, 1, 1, false));
       task->losses.has_ignore_index = 0;
     }
-    const int64_t results = pl_whole(task) == &task->out ? task->classes : 1;
-    task->out = view_of(contiguous(task->dtype, task->outer, results, 1, true));
+    const bool whole = pl_whole(task) == &task->out, wide = pl_itemsize(task->dtype) > 2;
+    task->out_dtype = whole || wide || operation == PL_SELECTIVE_LOG_SOFTMAX ? task->dtype : PL_FLOAT32;
+    task->out = view_of(contiguous(task->out_dtype, task->outer, whole ? task->classes : 1, 1, true));
     return plan;
   }
 
