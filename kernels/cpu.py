@@ -3092,16 +3092,21 @@ PIECES_PER_THREAD = 8  # so that a thread that is held up does not hold up the o
 
 
 def _run(function, threads, logits, *arguments):
-    bfloat16 = logits.dtype == HALVES[1]
-    logits, *arguments = map(_bits, (logits, *arguments, bfloat16))
+    dtype = logits.dtype
+    if dtype in HALVES:
+        dtype, arguments = _BITS, (*map(_bits, arguments), dtype == HALVES[1])
+        logits = _bits(logits)
+    else:
+        arguments += (False,)
     rows = logits.shape[0] * logits.shape[2]
-    threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
+    if threads > 1:
+        threads = min(threads, rows, numba.config.NUMBA_NUM_THREADS)
     if threads > 1 and _may_enter_threads() and _parallel.acquire(blocking=False):
         try:
-            return _run_parallel(compiled(function, logits.dtype, True), threads, rows, logits, *arguments)
+            return _run_parallel(compiled(function, dtype, True), threads, rows, logits, *arguments)
         finally:
             _parallel.release()
-    return compiled(function, logits.dtype, False)(logits, *arguments, 1, rows)
+    return compiled(function, dtype, False)(logits, *arguments, 1, rows)
 
 
 def _bits(value):
@@ -3139,43 +3144,45 @@ def _number_dtype(logits):
     return REALS[0] if logits.dtype in HALVES else logits.dtype
 
 
-def _where(where, logits):
-    """No classes at all stand for no mask."""
-    return np.empty((logits.shape[0], 0, logits.shape[2]), np.uint8) if where is None else where.view(np.uint8)
+_NO_MASK = np.empty((0, 0, 0), np.uint8)  # no classes at all stand for no mask
+
+
+def _where(where):
+    return _NO_MASK if where is None else where.view(np.uint8)
 
 
 def softmax(logits, where, temperature, out, threads):
-    _run(softmax_pieces, threads, logits, _where(where, logits), temperature, False, out)
+    _run(softmax_pieces, threads, logits, _where(where), temperature, False, out)
 
 
 def log_softmax(logits, where, temperature, out, threads):
-    _run(softmax_pieces, threads, logits, _where(where, logits), temperature, True, out)
+    _run(softmax_pieces, threads, logits, _where(where), temperature, True, out)
 
 
 def logsumexp(logits, where, temperature, out, threads):
-    _run(logsumexp_pieces, threads, logits, _where(where, logits), temperature, out)
+    _run(logsumexp_pieces, threads, logits, _where(where), temperature, out)
 
 
 def selective_log_softmax(logits, indices, temperature, out, threads):
     picked = np.empty(out.shape, _number_dtype(logits)) if out.dtype in HALVES else out
-    status = _run(pick_pieces, threads, logits, _where(None, logits), indices, temperature, False, picked)
+    status = _run(pick_pieces, threads, logits, _where(None), indices, temperature, False, picked)
     if picked is not out:
         out[...] = picked
     return status
 
 
 def softmax_cross_entropy_with_logits(logits, labels, out, threads):
-    _run(dense_pieces, threads, logits, _where(None, logits), labels, out)
+    _run(dense_pieces, threads, logits, _where(None), labels, out)
 
 
 def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
-    return _run(pick_pieces, threads, logits, _where(None, logits), labels[:, None], 1.0, True, out[:, None])
+    return _run(pick_pieces, threads, logits, _where(None), labels[:, None], 1.0, True, out[:, None])
 
 
 def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad, grad, out, options, threads):
     if labels is not None and options.are_default and all(array is None for array in (where, sample_weight, grad)):
         # without options, the kernel that is made for it, with the same bits
-        where, labels, out = _where(None, logits), labels[:, None], out[:, None]
+        where, labels, out = _where(None), labels[:, None], out[:, None]
         return _run(pick_pieces, threads, logits, where, labels, options.temperature, True, out)
     real = _number_dtype(logits)
     no_classes, no_rows = np.empty((logits.shape[0], 0, logits.shape[2]), logits.dtype), np.empty((0, 0), real)
@@ -3184,7 +3191,7 @@ def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad
         loss_pieces,
         threads,
         logits,
-        _where(where, logits),
+        _where(where),
         no_classes if probabilities is None else probabilities,
         np.empty((0, 0), np.int64) if labels is None else labels,
         np.array(ignored, np.int64),
@@ -3220,7 +3227,7 @@ def score(logits, targets, temperature, scores, threads, brier=None):
         score_pieces,
         threads,
         logits,
-        _where(None, logits),
+        _where(None),
         targets,
         temperature,
         *per_row,

@@ -40,7 +40,7 @@ TABLE = (
 ROW_WORK = 16
 # Work that no crossover lies below: so small calls need not look it up.
 ALWAYS_SERIAL = min(min(sizes.values()) for operations in SERIAL_BELOW.values() for sizes in operations.values())
-C_MODULE = TABLE[0].module
+C_MODULE, REFERENCE_MODULE = TABLE[0].module, TABLE[-1].module
 MAX_THREADS = 1024
 NAMES = tuple(backend.name for backend in TABLE)
 LONGDOUBLE = np.dtype(np.longdouble).char  # no other backend than the reference has it

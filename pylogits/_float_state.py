@@ -35,7 +35,8 @@ def _functions() -> tuple[Callable[..., int], Callable[..., int]] | None:
 _FUNCTIONS = _functions()
 
 
-def _is_standard() -> bool:
+def is_standard() -> bool:
+    """Whether this thread rounds to nearest and keeps subnormals."""
     return _ONE + _LITTLE == _ONE == _ONE - _LITTLE and _SUBNORMAL + _SUBNORMAL != 0
 
 
@@ -45,7 +46,7 @@ def standard_arithmetic(function: Callable[Parameters, Result]) -> Callable[Para
     @wraps(function)
     def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         with np.errstate(all="ignore"):
-            if _FUNCTIONS is None or _is_standard():
+            if _FUNCTIONS is None or is_standard():
                 return function(*args, **kwargs)
             get, put = _FUNCTIONS
             saved = _Environment()

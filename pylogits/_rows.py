@@ -20,6 +20,8 @@ from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from pylogits import _device, _dispatch
 from pylogits._device import DeviceArray
+from pylogits._float_state import is_standard
+from pylogits._reference import LossOptions
 
 Array = npt.NDArray[Any]
 Axis = SupportsIndex | tuple[SupportsIndex, ...] | None
@@ -407,7 +409,7 @@ def run_contiguous(
     losses: Array | None = None,
     scale: tuple[float, float] = (1.0, 0.0),
 ) -> Any:
-    """The common case of an operation, straight into C; None where it isn't the common case.
+    """The common case of an operation, straight into a compiled backend; None where it isn't the common case.
 
     That is C-contiguous arrays of one dtype, float32 or float64, class axis last, no options, and int64 labels. What may be
     wrong with anything else, the general way says. `other` is the operation's second operand, where it has one. An operation
@@ -440,19 +442,51 @@ def run_contiguous(
     ):
         return None
     module, threads = _dispatch.select(operation, dtype, size, shape[-1])
-    if module.__name__ != _dispatch.C_MODULE:
+    if module.__name__ == _dispatch.REFERENCE_MODULE:
         return None
     result = np.empty(result_shape, dtype) if out is None else out
-    labels = other if name == "labels" else None
-    probabilities = other if name == "probabilities" else None
-    target, grad = (result, other if name == "grad" else None) if losses is None else (losses, result)
-    code = module.OPERATIONS[operation]  # by position: a dict of names took a sixth of a microsecond
-    status = module.run_contiguous(
-        code, dtype, logits, size, shape[-1], threads, target, labels, probabilities, grad, 1.0, scale
-    )
+    if module.__name__ == _dispatch.C_MODULE:
+        labels = other if name == "labels" else None
+        probabilities = other if name == "probabilities" else None
+        target, grad = (result, other if name == "grad" else None) if losses is None else (losses, result)
+        code = module.OPERATIONS[operation]  # by position: a dict of names took a sixth of a microsecond
+        status = module.run_contiguous(
+            code, dtype, logits, size, shape[-1], threads, target, labels, probabilities, grad, 1.0, scale
+        )
+    elif is_standard():
+        status = _run_rows(module, operation, logits, other, result, losses, scale, threads)
+    else:
+        return None
     if status != -1 and name == "labels":
         raise_bad_label(other, "label" if operation == "sparse_softmax_cross_entropy_with_logits" else "target", shape[-1])
     return result if result_shape or out is not None else result[()]
+
+
+def _run_rows(
+    module: ModuleType,
+    operation: str,
+    logits: Array,
+    other: Array | None,
+    result: Array,
+    losses: Array | None,
+    scale: tuple[float, float],
+    threads: int,
+) -> Any:
+    """What `run_contiguous` does, by a backend that takes rows."""
+    classes = logits.shape[-1]
+    full, per_row = (logits.size // classes, classes, 1), (logits.size // classes, 1)
+    rows = logits.reshape(full)
+    target = result.reshape(per_row if operation in _PER_ROW else full)
+    if operation == "cross_entropy_value_and_grad":
+        assert other is not None and losses is not None
+        labels, losses = other.reshape(per_row), losses.reshape(per_row)
+        return module.cross_entropy(rows, None, None, labels, None, None, target, losses, LossOptions(scale=scale), threads)
+    if operation == "cross_entropy":
+        operation = "sparse_softmax_cross_entropy_with_logits"
+    kernel = getattr(module, operation)
+    if other is None:
+        return kernel(rows, None, 1.0, target, threads)
+    return kernel(rows, other.reshape(per_row if _OTHERS[operation] == "labels" else full), target, threads)
 
 
 def backend(operation: str, array: Array, dtype: np.dtype[Any], axes: tuple[int, ...]) -> tuple[ModuleType, int]:
