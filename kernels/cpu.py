@@ -38,10 +38,13 @@ OPTIONS = {"fastmath": False, "error_model": "numpy", "nogil": True}
 LINE_BYTES = 64
 LINES = 4  # in a group
 BLOCK_BYTES = 16384
-TILE = 1024  # classes in a tile at most
+TILE = 4096  # classes in a tile at most: a block of floats
+TILES = 8  # that are moved together, as far as there is room
+SLAB = TILE // 3  # classes in a tile at most, where there are two more of its size
 SHORT_LINES = 10  # of rows for which tiles pay wherever they lie
 SHORT_LINES_WHOLE = 7  # the same, where the result is as long as the row
 TILE_BYTES = TILE * LINE_BYTES
+SLAB_BYTES = SLAB * LINE_BYTES
 GROUP_BYTES = LINES * LINE_BYTES
 BATCH_BYTES = 4 * BLOCK_BYTES  # of rows that go through the steps together
 HALVES_BYTES = 4 * BLOCK_BYTES  # of rows of half precision that are float32 together
@@ -1599,7 +1602,7 @@ def by_tile(logits, rows, most=TILE, short=SHORT_LINES):
     if rows < lanes // 2:
         return False
     adjacent = logits.strides[2] == logits.itemsize and logits.shape[2] >= lanes // 2
-    return logits.shape[1] <= (most if adjacent else short * lanes)
+    return logits.shape[1] <= (min(most, BLOCK_BYTES // logits.itemsize) if adjacent else short * lanes)
 
 
 @helper
@@ -1610,16 +1613,75 @@ def is_across(array, rows):
 
 
 @helper
+def rows_of_tiles(x, classes):
+    """How many rows are moved together, by the room that there is."""
+    lanes = constants(x[0]).lanes
+    return lanes * min(TILES, x.size // (classes * lanes))
+
+
+@njit(inline="always", **OPTIONS)
+def tile_of(x, classes, first):
+    """The tile of the rows from `first` on."""
+    return section(x, first * classes, constants(x[0]).lanes * classes)
+
+
+@helper
+def is_strips(array, r, rows):
+    """Whether the same class of all these rows is one strip of memory, in whole tiles."""
+    whole = rows * array.itemsize % LINE_BYTES == 0
+    return whole and array.strides[2] == array.itemsize and position(r, array.shape[2])[1] + rows <= array.shape[2]
+
+
+@helper
+def load_strips(x, array, r, rows):
+    """x[tile][class][row], class by class: tile by tile, each line of a tall array would come from another page, and where
+    its strides are powers of two, from the same few places of a cache."""
+    lanes, classes = constants(x[0]).lanes, array.shape[1]
+    i, j = position(r, array.shape[2])
+    for c in range(classes):
+        line = packed(strip(array, i, c, j, rows))
+        for first in range(0, rows, lanes):
+            put_line(x, first * classes + c * lanes, line_at(line, first))
+
+
+@helper
+def store_strips(array, x, r, rows):
+    lanes, classes = constants(x[0]).lanes, array.shape[1]
+    i, j = position(r, array.shape[2])
+    for c in range(classes):
+        line = packed(strip(array, i, c, j, rows))
+        for first in range(0, rows, lanes):
+            put_line(line, first, line_at(x, first * classes + c * lanes))
+
+
+@helper
+def load_tiles(x, array, r, rows):
+    """x[tile][class][row]."""
+    if is_strips(array, r, rows):
+        load_strips(x, array, r, rows)
+        return
+    lanes, classes = constants(x[0]).lanes, array.shape[1]
+    for first in range(0, rows, lanes):
+        load_tile(tile_of(x, classes, first), array, r + first, min(lanes, rows - first))
+
+
+@helper
+def store_tiles(array, x, r, rows):
+    if is_strips(array, r, rows):
+        store_strips(array, x, r, rows)
+        return
+    lanes, classes = constants(x[0]).lanes, array.shape[1]
+    for first in range(0, rows, lanes):
+        store_tile(array, tile_of(x, classes, first), r + first, min(lanes, rows - first))
+
+
+@helper
 def load_tile(x, array, r, rows):
     """x[class][row]; missing rows are zeros."""
     k = constants(x[0])
-    classes, inner = array.shape[1], array.shape[2]
-    i, j = position(r, inner)
-    if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
-        for c in range(classes):
-            line = packed(strip(array, i, c, j, rows))
-            put_line(x, c * k.lanes, line_at(line, 0))
-            prefetch(line, rows, 0)  # of the next tile, now that the page is at hand
+    classes = array.shape[1]
+    if is_strips(array, r, rows):
+        load_strips(x, array, r, rows)
         return
     across = 16 // array.itemsize
     if is_across(array, rows):
@@ -1639,13 +1701,9 @@ def load_tile(x, array, r, rows):
 @helper
 def store_tile(array, x, r, rows):
     k = constants(x[0])
-    classes, inner = array.shape[1], array.shape[2]
-    i, j = position(r, inner)
-    if rows == k.lanes and j + rows <= inner and array.strides[2] == array.itemsize:
-        for c in range(classes):
-            line = packed(strip(array, i, c, j, rows))
-            put_line(line, 0, line_at(x, c * k.lanes))
-            prefetch(line, rows, 1)
+    classes = array.shape[1]
+    if is_strips(array, r, rows):
+        store_strips(array, x, r, rows)
         return
     across = 16 // array.itemsize
     if is_across(array, rows):
@@ -1752,18 +1810,11 @@ def maximum_of_tile(x, classes):
 
 
 @helper
-def stage_tile(logits, where, r, rows, x):
-    """The logits of a tile in x, and their maxima."""
-    load_tile(x, logits, r, rows)
+def reduce_tile(x, where, r, rows, classes, t, keep):
+    """The maxima and the sums of the rows of a tile that is loaded; leaves the logits in x, or, with `keep`, the terms."""
     mask_tile(x, where, r, rows, -constants(x[0]).infinity)
-    return maximum_of_tile(x, logits.shape[1])
-
-
-@helper
-def reduce_tile(logits, where, r, rows, x, t, keep):
-    """The maxima and the sums of a tile's rows; leaves the logits in x, or, with `keep`, the terms."""
-    maximum = stage_tile(logits, where, r, rows, x)
-    total, total_lo, _ = reduce_loaded(x, logits.shape[1], maximum, t, keep)
+    maximum = maximum_of_tile(x, classes)
+    total, total_lo, _ = reduce_loaded(x, classes, maximum, t, keep)
     return maximum, total, total_lo
 
 
@@ -1937,18 +1988,21 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
     classes = logits.shape[1]
     masked = -k.infinity if log else k.zero
     if by_tile(logits, end - begin, TILE, SHORT_LINES_WHOLE):
-        for r in range(begin, end, k.lanes):
-            rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, not log)
-            f = finish_row(maximum, total, total_lo)
-            if log:
-                tile = section(x, 0, classes * k.lanes)
-                write_log_probabilities(tile, maximum, f, t, tile)
-            else:
-                for c in range(0, classes * k.lanes, k.lanes):
-                    put_line(x, c, probability(line_at(x, c), f[2], f[3]))
-            mask_tile(x, where, r, rows, masked)
-            store_tile(out, x, r, rows)
+        together = rows_of_tiles(x, classes)
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            load_tiles(x, logits, start, stop - start)
+            for r in range(start, stop, k.lanes):
+                tile, rows = tile_of(x, classes, r - start), min(k.lanes, stop - r)
+                maximum, total, total_lo = reduce_tile(tile, where, r, rows, classes, t, not log)
+                f = finish_row(maximum, total, total_lo)
+                if log:
+                    write_log_probabilities(tile, maximum, f, t, tile)
+                else:
+                    for c in range(0, tile.size, k.lanes):
+                        put_line(tile, c, probability(line_at(tile, c), f[2], f[3]))
+                mask_tile(tile, where, r, rows, masked)
+            store_tiles(out, x, start, stop - start)
         return
     if is_short(logits, where, t) and out.strides[1] == out.itemsize:
         size, most = room_of(e, classes)
@@ -2001,16 +2055,20 @@ def logsumexp_rows(logits, where, temperature, out, begin, end):
     k = constants(temperature)
     t = invert(temperature)
     x, e = scratch(temperature, TILE_BYTES), scratch(temperature, BATCH_BYTES)
-    inner = logits.shape[2]
+    classes, inner = logits.shape[1], logits.shape[2]
     if by_tile(logits, end - begin):
-        for r in range(begin, end, k.lanes):
-            rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
-            f = finish_row(maximum, total, total_lo)
-            store_line(out, log_sum(maximum, total, f, t), r, rows)
+        together = rows_of_tiles(x, classes)
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            load_tiles(x, logits, start, stop - start)
+            for r in range(start, stop, k.lanes):
+                tile, rows = tile_of(x, classes, r - start), min(k.lanes, stop - r)
+                maximum, total, total_lo = reduce_tile(tile, where, r, rows, classes, t, False)
+                f = finish_row(maximum, total, total_lo)
+                store_line(out, log_sum(maximum, total, f, t), r, rows)
         return
     if is_short(logits, where, t):
-        _, most = room_of(e, logits.shape[1])
+        _, most = room_of(e, classes)
         numbers = scratch(temperature, GROUP_BYTES)
         for r in range(begin, end, most):
             rows = min(most, end - r)
@@ -2039,13 +2097,17 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
     classes, inner = logits.shape[1], logits.shape[2]
     if by_tile(logits, end - begin):
         picked = scratch(temperature, LINE_BYTES)
-        for r in range(begin, end, k.lanes):
-            rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
-            f = finish_row(maximum, total, total_lo)
-            for pick in range(indices.shape[1]):
-                value = pick_from_tile(x, indices[:, pick, :], r, rows, classes, picked)
-                store_line(out[:, pick, :], pick_of(value, maximum, f, t, loss), r, rows)
+        together = rows_of_tiles(x, classes)
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            load_tiles(x, logits, start, stop - start)
+            for r in range(start, stop, k.lanes):
+                tile, rows = tile_of(x, classes, r - start), min(k.lanes, stop - r)
+                maximum, total, total_lo = reduce_tile(tile, where, r, rows, classes, t, False)
+                f = finish_row(maximum, total, total_lo)
+                for pick in range(indices.shape[1]):
+                    value = pick_from_tile(tile, indices[:, pick, :], r, rows, classes, picked)
+                    store_line(out[:, pick, :], pick_of(value, maximum, f, t, loss), r, rows)
         return
     if is_short(logits, where, t):
         _, most = room_of(e, classes)
@@ -2078,22 +2140,27 @@ def dense_rows(logits, where, labels, out, begin, end):
     logits, where, labels, out = borrowed(logits), borrowed(where), borrowed(labels), borrowed(out)
     k = constants(out[0, 0])
     t = (k.one, k.zero)
-    x, e = scratch(out[0, 0], TILE_BYTES), scratch(out[0, 0], TILE_BYTES)
+    x, e = scratch(out[0, 0], SLAB_BYTES), scratch(out[0, 0], SLAB_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
-    if by_tile(logits, end - begin):
-        for r in range(begin, end, k.lanes):
-            rows = min(k.lanes, end - r)
-            maximum, total, total_lo = reduce_tile(logits, where, r, rows, x, t, False)
-            f = finish_row(maximum, total, total_lo)
-            load_tile(e, labels, r, rows)
-            mass, mass_lo = sum_tile(e, classes)
-            for c in range(0, classes * k.lanes, k.lanes):
-                product, product_lo = weigh(line_at(x, c), line_at(e, c), maximum)
-                put_line(x, c, product)
-                put_line(e, c, product_lo)
-            dot, dot_lo = sum_tile(x, classes)
-            low = sum_tile(e, classes)[0]
-            store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
+    if by_tile(logits, end - begin, SLAB):
+        together = rows_of_tiles(x, classes)
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            load_tiles(x, logits, start, stop - start)
+            load_tiles(e, labels, start, stop - start)
+            for r in range(start, stop, k.lanes):
+                tile, rows = tile_of(x, classes, r - start), min(k.lanes, stop - r)
+                q = tile_of(e, classes, r - start)
+                maximum, total, total_lo = reduce_tile(tile, where, r, rows, classes, t, False)
+                f = finish_row(maximum, total, total_lo)
+                mass, mass_lo = sum_tile(q, classes)
+                for c in range(0, tile.size, k.lanes):
+                    product, product_lo = weigh(line_at(tile, c), line_at(q, c), maximum)
+                    put_line(tile, c, product)
+                    put_line(q, c, product_lo)
+                dot, dot_lo = sum_tile(tile, classes)
+                low = sum_tile(q, classes)[0]
+                store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
     blocks, weight = block_room(logits), section(x, 0, 0)
     for r in range(begin, end):
@@ -2181,20 +2248,38 @@ def targets_tile(q, probabilities, where, weight, r, rows):
 
 @allocating
 def loss_tiles(
-    logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, begin, end, t, x, e, q
+    logits,
+    where,
+    probabilities,
+    labels,
+    ignored,
+    weight,
+    sample_weight,
+    loss_grad,
+    numbers,
+    grad,
+    out,
+    begin,
+    end,
+    t,
+    tiles,
+    q,
+    other,
 ):
     """loss_rows, LANES rows at once."""
     k = constants(numbers.softcap)
     cap = cap_of(numbers)
-    other, per_row = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, ROW_NUMBERS_BYTES)
+    per_row = scratch(numbers.softcap, ROW_NUMBERS_BYTES)
     classes, inner, lanes = logits.shape[1], logits.shape[2], k.lanes
     size = classes * lanes
     hard = labels.size != 0
     nothing = every_lane(k.zero), every_lane(k.zero)
     picked = np.empty(lanes, np.int64)
+    together = rows_of_tiles(tiles, classes)
     for r in range(begin, end, lanes):
-        rows = min(lanes, end - r)
-        load_tile(x, logits, r, rows)
+        if (r - begin) % together == 0:
+            load_tiles(tiles, logits, r, min(together, end - r))
+        rows, x = min(lanes, end - r), tile_of(tiles, classes, (r - begin) % together)
         if numbers.softcap != k.zero:
             cap_row(x, size, cap, False)
         mask_tile(x, where, r, rows, -k.infinity)
@@ -2234,11 +2319,11 @@ def loss_tiles(
             targets_tile(q, probabilities, where, weight, r, rows)
             mass = sum_tile(q, classes)
             for c in range(0, size, lanes):
-                product, product_lo = weigh(line_at(x, c), line_at(q, c), maximum)
-                put_line(other, c, product)
-                put_line(e, c, product_lo)
-            dot, low = sum_tile(other, classes), sum_tile(e, classes)
-            dot = dot[0], dot[1] + low[0]
+                put_line(other, c, weigh(line_at(x, c), line_at(q, c), maximum)[0])
+            dot = sum_tile(other, classes)
+            for c in range(0, size, lanes):
+                put_line(other, c, weigh(line_at(x, c), line_at(q, c), maximum)[1])
+            dot = dot[0], dot[1] + sum_tile(other, classes)[0]
         total, total_lo, _ = reduce_loaded(x, classes, maximum, t, grad.size != 0)
         f = finish_row(maximum, total, total_lo)
         spread = Spread(target, count, weights, distances)
@@ -2272,7 +2357,9 @@ def loss_tiles(
             if per_row[lane] == k.zero:
                 for c in range(classes):
                     x[c * lanes + lane] = k.zero
-        store_tile(grad, x, r, rows)
+        first = r - (r - begin) % together
+        if r + rows == min(first + together, end):
+            store_tiles(grad, tiles, first, r + rows - first)
 
 
 @allocating
@@ -2283,10 +2370,10 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
     k = constants(numbers.softcap)
     cap = cap_of(numbers)
     t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
-    x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BATCH_BYTES)
-    q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    x, e = scratch(numbers.softcap, SLAB_BYTES), scratch(numbers.softcap, BATCH_BYTES)
+    q, slopes = scratch(numbers.softcap, SLAB_BYTES), scratch(numbers.softcap, SLAB_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
-    if by_tile(logits, end - begin, BLOCK_BYTES // LINE_BYTES):
+    if by_tile(logits, end - begin, SLAB):
         loss_tiles(
             logits,
             where,
@@ -2303,8 +2390,8 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             end,
             t,
             x,
-            e,
             q,
+            slopes,
         )
         return
     blocks = block_room(logits)
@@ -2442,23 +2529,30 @@ def backward_rows(results, grad, log, out, begin, end):
     """From what softmax or log_softmax gave, p (g - sum(g p)) or g - exp(log p) sum(g)."""
     results, grad, out = borrowed(results), borrowed(grad), borrowed(out)
     k = constants(out[0, 0, 0])
-    p, g = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
-    product, low = scratch(out[0, 0, 0], BLOCK_BYTES), scratch(out[0, 0, 0], BLOCK_BYTES)
+    p, g, products = scratch(out[0, 0, 0], SLAB_BYTES), scratch(out[0, 0, 0], SLAB_BYTES), scratch(out[0, 0, 0], SLAB_BYTES)
     classes = results.shape[1]
-    if by_tile(results, end - begin, BLOCK_BYTES // LINE_BYTES):
-        for r in range(begin, end, k.lanes):
-            rows = min(k.lanes, end - r)
-            load_tile(p, results, r, rows)
-            load_tile(g, grad, r, rows)
-            for c in range(0, classes * k.lanes, k.lanes):
-                line = line_at(g, c) if log else line_at(g, c) * line_at(p, c)
-                put_line(product, c, line)
-                put_line(low, c, every_lane(k.zero) if log else fma(line_at(g, c), line_at(p, c), -line))
-            hi, lo = sum_tile(product, classes)
-            lo = select(finite(hi), lo + sum_tile(low, classes)[0], k.zero)
-            for c in range(0, classes * k.lanes, k.lanes):
-                put_line(p, c, slope_of(log, line_at(p, c), line_at(g, c), (hi, lo)))
-            store_tile(out, p, r, rows)
+    if by_tile(results, end - begin, SLAB):
+        together, size = rows_of_tiles(p, classes), classes * k.lanes
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            load_tiles(p, results, start, stop - start)
+            load_tiles(g, grad, start, stop - start)
+            for first in range(0, (stop - start) * classes, size):
+                tile, of_tile = section(p, first, size), section(g, first, size)
+                if log:
+                    total = sum_tile(of_tile, classes)
+                else:
+                    for c in range(0, size, k.lanes):
+                        put_line(products, c, line_at(of_tile, c) * line_at(tile, c))
+                    total = sum_tile(products, classes)
+                    for c in range(0, size, k.lanes):
+                        line, other = line_at(of_tile, c), line_at(tile, c)
+                        put_line(products, c, fma(line, other, -(line * other)))
+                    total = total[0], total[1] + sum_tile(products, classes)[0]
+                total = total[0], select(finite(total[0]), total[1], k.zero)
+                for c in range(0, size, k.lanes):
+                    put_line(tile, c, slope_of(log, line_at(tile, c), line_at(of_tile, c), total))
+            store_tiles(out, p, start, stop - start)
         return
     for r in range(begin, end):
         total = k.zero, k.zero
@@ -2469,10 +2563,10 @@ def backward_rows(results, grad, log, out, begin, end):
         for first in range(0, classes, k.block):
             target = block_of(out, r, first)
             direct = target.strides[0] == target.itemsize
-            result = packed(target) if direct else section(product, 0, target.size)
+            result = packed(target) if direct else section(products, 0, target.size)
             write_backward(elements(results, r, first, p), elements(grad, r, first, g), total, log, result)
             if not direct:
-                store(target, product)
+                store(target, products)
 
 
 @inlined
@@ -2575,13 +2669,15 @@ def score_rows(
     logits, where, labels = borrowed(logits), borrowed(where), borrowed(labels)
     k = constants(temperature)
     t = invert(temperature)
-    x, e = scratch(temperature, TILE_BYTES), scratch(temperature, TILE_BYTES)
+    x, e = scratch(temperature, SLAB_BYTES), scratch(temperature, SLAB_BYTES)
     classes, inner = logits.shape[1], logits.shape[2]
-    if top_indices.shape[2] == 1 and by_tile(logits, end - begin):
-        numbers, other = scratch(temperature, LINE_BYTES), scratch(temperature, TILE_BYTES)
+    if top_indices.shape[2] == 1 and by_tile(logits, end - begin, SLAB):
+        numbers, other = scratch(temperature, LINE_BYTES), scratch(temperature, SLAB_BYTES)
         for r in range(begin, end, k.lanes):
             rows = min(k.lanes, end - r)
-            maximum = stage_tile(logits, where, r, rows, x)
+            load_tile(x, logits, r, rows)
+            mask_tile(x, where, r, rows, -k.infinity)
+            maximum = maximum_of_tile(x, classes)
             copy(e, x, classes * k.lanes)
             total, total_lo, ones = reduce_loaded(e, classes, maximum, t, True)
             # By the logits: in e are terms, which beside an infinity are NaN.
