@@ -50,7 +50,8 @@ BATCH_BYTES = 4 * BLOCK_BYTES  # of rows that go through the steps together
 HALVES_BYTES = 4 * BLOCK_BYTES  # of rows of half precision that are float32 together
 TREE_BYTES = 16 * LINE_BYTES  # a line for each lane of the reduction tree
 PIECE_ROWS = 16  # a whole tile of floats
-ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of a tile of losses
+ROW_NUMBERS_BYTES = 5 * LINE_BYTES  # of LANES losses
+ROW_SUMS_BYTES = 8 * LINE_BYTES
 
 # ---- the constants of c/kernel.c ----
 
@@ -1312,11 +1313,11 @@ def keep_block(x, e, result, maximum, t, upcoming):
 
 
 @helper
-def scale_kept(result, scaling, minuses, minus):
-    """Results from the terms of a block that keep_block left in their place, and from what scaling_of said."""
-    for c in range(0 if scaling[2] == constants(result[0]).one else result.size):
-        result[c] *= scaling[2]
-    scale_terms(result, scaling[:2], minuses, minus, result)
+def scale_kept(e, scaling, minuses, minus, result):
+    """Results from the terms of a block that were kept, be it in their place, and from what scaling_of said."""
+    for c in range(0 if scaling[2] == constants(e[0]).one else result.size):
+        e[c] *= scaling[2]
+    scale_terms(e, scaling[:2], minuses, minus, result)
 
 
 @allocating
@@ -2040,7 +2041,7 @@ def softmax_rows(logits, where, temperature, log, out, begin, end):
                 of_block = blocks[first // k.block, 0]
                 scaling = scaling_of(f[2:], of_block, maximum, t)
                 if in_place:
-                    scale_kept(result, scaling, None, k.zero)
+                    scale_kept(result, scaling, None, k.zero, result)
                 else:
                     of_block = of_block if finite(of_block) else maximum
                     write_terms(stage(logits, where, r, first, x), e, of_block, t, scaling, None, k.zero, result)
@@ -2135,6 +2136,19 @@ def pick_rows(logits, where, indices, temperature, loss, out, begin, end):
             out[i, pick, j] = pick_of(value, maximum, f, t, loss)
 
 
+@helper
+def put_pair(sums, which, lane, pair):
+    """One row's, in the lines of pair number `which`."""
+    lanes = constants(sums[0]).lanes
+    sums[2 * which * lanes + lane], sums[(2 * which + 1) * lanes + lane] = pair
+
+
+@inlined
+def pair_at(sums, which):
+    lanes = constants(sums[0]).lanes
+    return line_at(sums, 2 * which * lanes), line_at(sums, (2 * which + 1) * lanes)
+
+
 @allocating
 def dense_rows(logits, where, labels, out, begin, end):
     logits, where, labels, out = borrowed(logits), borrowed(where), borrowed(labels), borrowed(out)
@@ -2162,7 +2176,22 @@ def dense_rows(logits, where, labels, out, begin, end):
                 low = sum_tile(q, classes)[0]
                 store_line(out, dense_loss((dot, dot_lo + low), (mass, mass_lo), f), r, rows)
         return
-    blocks, weight = block_room(logits), section(x, 0, 0)
+    weight = section(x, 0, 0)
+    if is_short(logits, where, t):
+        _, most = room_of(e, classes)
+        numbers, sums = scratch(out[0, 0], GROUP_BYTES), scratch(out[0, 0], GROUP_BYTES)
+        for start in range(begin, end, most):
+            rows = min(most, end - start)
+            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, False, numbers, None)
+            for lane in range(rows):
+                row, q = packed(block_of(logits, start + lane, 0)), targets_at(labels, where, weight, start + lane, 0, x)
+                dot, mass = weigh_block(row, q, numbers[lane])
+                put_pair(sums, 0, lane, dot)
+                put_pair(sums, 1, lane, mass)
+            f = finish_row(maximum, total, total_lo)
+            store_line(out, dense_loss(pair_at(sums, 0), pair_at(sums, 1), f), start, rows)
+        return
+    blocks = block_room(logits)
     for r in range(begin, end):
         i, j = position(r, inner)
         maximum, total, total_lo = reduce_row(logits, where, r, end, x, e, blocks, t, False, None)
@@ -2173,18 +2202,19 @@ def dense_rows(logits, where, labels, out, begin, end):
 
 @allocating
 def write_slopes(
-    logits, where, probabilities, weight, numbers, label, r, maximum, blocks, t, spread, loss, x, e, q, slopes, in_place, grad
+    logits, where, probabilities, weight, numbers, label, target, r, maximum, blocks, t, loss, x, e, q, slopes, in_place, grad
 ):
-    """The gradient of a row. Its terms are in e, if it has one block only, or `in_place`."""
+    """The gradient of a row, with the logit of its label. Its terms are in e, if it has one block only, or `in_place`."""
     k = constants(maximum)
     cap = cap_of(numbers)
     soft = probabilities.shape[1] != 0
     weighted = weight.size != 0 and (soft or loss.even != k.zero)
+    short = logits.shape[1] <= k.block
     for first in range(0, logits.shape[1], k.block):
-        target = block_of(grad, r, first)
-        n = target.size
-        direct = target.strides[0] == target.itemsize
-        result = packed(target) if direct else section(x, 0, n)
+        place = block_of(grad, r, first)
+        n = place.size
+        direct = place.strides[0] == place.itemsize
+        result = packed(place) if direct else section(x, 0, n)
         targets = targets_at(probabilities, where, weight, r, first, q) if soft else section(q, 0, n)
         for c in range(0, n if soft or weighted else 0, k.lanes):
             minus = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
@@ -2194,33 +2224,31 @@ def write_slopes(
             cap_row(slopes, n, cap, True)
         of_block = blocks[first // k.block, 0]
         scaling = loss.factor[0], loss.factor[1], k.one
-        if logits.shape[1] > k.block:
+        if not short:
             scaling = scaling_of(loss.factor, of_block, maximum, t)
-            staged = x if in_place else stage(logits, where, r, first, x, cap)
-            near = of_block if finite(of_block) else maximum
-            if in_place and (soft or weighted):
-                scale_kept(result, scaling, q, k.zero)
-            elif in_place:
-                scale_kept(result, scaling, None, loss.even)
-            elif soft or weighted:
+        if short or in_place:
+            kept = e if short else result
+            if soft or weighted:
+                scale_kept(kept, scaling, q, k.zero, result)
+            else:
+                scale_kept(kept, scaling, None, loss.even, result)
+        else:
+            staged, near = stage(logits, where, r, first, x, cap), of_block if finite(of_block) else maximum
+            if soft or weighted:
                 write_terms(staged, e, near, t, scaling, q, k.zero, result)
             else:
                 write_terms(staged, e, near, t, scaling, None, loss.even, result)
-        elif soft or weighted:
-            scale_terms(e, loss.factor, q, k.zero, result)
-        else:
-            scale_terms(e, loss.factor, None, loss.even, result)
         if first <= label < first + n:
             of_label = weight[label] if weight.size else k.one
             minus = fma(of_label, loss.keep, of_label * loss.even)
-            term_ = e[label] if logits.shape[1] <= k.block else term(spread.target, of_block, t)
+            term_ = e[label] if short else term(target, of_block, t)
             result[label - first] = along(term_ * scaling[2], scaling[:2], minus)
         if numbers.softcap != k.zero:
             for c in range(n):
                 result[c] *= slopes[c]
         mask(result, n, where, r, first, k.zero)
         if not direct:
-            store(target, x)
+            store(place, x)
 
 
 @helper
@@ -2244,6 +2272,33 @@ def targets_tile(q, probabilities, where, weight, r, rows):
     for c in range(weight.size):
         put_line(q, c * k.lanes, line_at(q, c * k.lanes) * weight[c])
     mask_tile(q, where, r, rows, k.zero)
+
+
+@helper
+def look_at_rows(logits, where, labels, ignored, weight, sample_weight, loss_grad, r, rows, picked, per_row):
+    """Labels, 0 where there is none; and lines of how many classes count, of (room for) the labels' logits, of their classes'
+    weights, and of what each loss and each gradient is multiplied with. Missing rows are as the first."""
+    k = constants(per_row[0])
+    classes, lanes = logits.shape[1], k.lanes
+    hard = labels.size != 0
+    for lane in range(lanes):
+        i, j = position(r + (lane if lane < rows else 0), logits.shape[2])
+        counted = classes
+        if where.shape[1]:
+            counted = 0
+            for c in range(classes):
+                counted += where[i, c, j] != 0
+        weight_of_row = sample_weight[i, j] if sample_weight.size else k.one
+        label = labels[i, j] if hard else 0
+        if hard and is_ignored(label, ignored):
+            label, counted = 0, 0
+        elif not 0 <= label < classes:  # it has changed since it was checked
+            label, weight_of_row = 0, k.nan
+        picked[lane] = label
+        per_row[lane] = counted
+        per_row[2 * lanes + lane] = weight[label] if hard and weight.size else k.one
+        per_row[3 * lanes + lane] = weight_of_row
+        per_row[4 * lanes + lane] = loss_grad[i, j] if loss_grad.size else k.one
 
 
 @allocating
@@ -2270,7 +2325,7 @@ def loss_tiles(
     k = constants(numbers.softcap)
     cap = cap_of(numbers)
     per_row = scratch(numbers.softcap, ROW_NUMBERS_BYTES)
-    classes, inner, lanes = logits.shape[1], logits.shape[2], k.lanes
+    classes, lanes = logits.shape[1], k.lanes
     size = classes * lanes
     hard = labels.size != 0
     nothing = every_lane(k.zero), every_lane(k.zero)
@@ -2284,25 +2339,9 @@ def loss_tiles(
             cap_row(x, size, cap, False)
         mask_tile(x, where, r, rows, -k.infinity)
         maximum = maximum_of_tile(x, classes)
+        look_at_rows(logits, where, labels, ignored, weight, sample_weight, loss_grad, r, rows, picked, per_row)
         for lane in range(lanes):
-            i, j = position(r + (lane if lane < rows else 0), inner)
-            counted = classes
-            if where.shape[1]:
-                counted = 0
-                for c in range(classes):
-                    counted += where[i, c, j] != 0
-            weight_of_row = sample_weight[i, j] if sample_weight.size else k.one
-            label = labels[i, j] if hard else 0
-            if hard and is_ignored(label, ignored):
-                label, counted = 0, 0
-            elif not 0 <= label < classes:  # it has changed since it was checked
-                label, weight_of_row = 0, k.nan
-            picked[lane] = label
-            per_row[lane] = counted
-            per_row[lanes + lane] = x[label * lanes + lane]
-            per_row[2 * lanes + lane] = weight[label] if hard and weight.size else k.one
-            per_row[3 * lanes + lane] = weight_of_row
-            per_row[4 * lanes + lane] = loss_grad[i, j] if loss_grad.size else k.one
+            per_row[lanes + lane] = x[picked[lane] * lanes + lane]
         count, target, of_label = line_at(per_row, 0), line_at(per_row, lanes), line_at(per_row, 2 * lanes)
         weights, distances = nothing, nothing
         if numbers.label_smoothing != k.zero:
@@ -2362,6 +2401,102 @@ def loss_tiles(
             store_tiles(grad, tiles, first, r + rows - first)
 
 
+@helper
+def fill_row(grad, r, value):
+    i, j = position(r, grad.shape[2])
+    for c in range(grad.shape[1]):
+        grad[i, c, j] = value
+
+
+@allocating
+def loss_short_rows(
+    logits,
+    where,
+    probabilities,
+    labels,
+    ignored,
+    weight,
+    sample_weight,
+    loss_grad,
+    numbers,
+    grad,
+    out,
+    begin,
+    end,
+    x,
+    e,
+    q,
+    slopes,
+):
+    """loss_rows, step by step: what is one number of a row is made for LANES rows at once."""
+    k = constants(numbers.softcap)
+    lanes, t = k.lanes, (k.one, k.zero)
+    size, most = room_of(e, logits.shape[1])
+    of_rows, closings = scratch(numbers.softcap, GROUP_BYTES), scratch(numbers.softcap, GROUP_BYTES)
+    per_row, sums = scratch(numbers.softcap, ROW_NUMBERS_BYTES), scratch(numbers.softcap, ROW_SUMS_BYTES)
+    hard, smooth = labels.size != 0, numbers.label_smoothing != k.zero
+    blocks, picked = block_room(logits), np.empty(lanes, np.int64)
+    for c in range(sums.size):
+        sums[c] = k.zero
+    for start in range(begin, end, most):
+        rows = min(most, end - start)
+        if grad.size:
+            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, True, of_rows, grad)
+        else:
+            maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, False, of_rows, None)
+        f = finish_row(maximum, total, total_lo)
+        look_at_rows(logits, where, labels, ignored, weight, sample_weight, loss_grad, start, rows, picked, per_row)
+        for lane in range(rows):
+            r, top = start + lane, of_rows[lane]
+            row = packed(block_of(logits, r, 0))
+            per_row[lanes + lane] = row[picked[lane]]
+            if smooth:
+                spread = spread_block(row, where, weight, numbers.label_smoothing, -1, r, 0, top, q)
+                put_pair(sums, 0, lane, spread.mass)
+                put_pair(sums, 1, lane, spread.dot)
+            if not hard:
+                dot, mass = weigh_block(row, targets_at(probabilities, where, weight, r, 0, q), top)
+                put_pair(sums, 2, lane, dot)
+                put_pair(sums, 3, lane, mass)
+        count, target, of_label = line_at(per_row, 0), line_at(per_row, lanes), line_at(per_row, 2 * lanes)
+        if hard:
+            dot, mass = weigh(target, of_label, maximum), (of_label, every_lane(k.zero))
+        else:
+            dot, mass = pair_at(sums, 2), pair_at(sums, 3)
+        spread = Spread(target, count, pair_at(sums, 0), pair_at(sums, 1))
+        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, line_at(per_row, 3 * lanes), line_at(per_row, 4 * lanes))
+        store_line(out, select(count == k.zero, k.zero, loss.value), start, rows)
+        if grad.size == 0:
+            continue
+        put_group(closings, 0, (loss.factor[0], loss.factor[1], loss.keep, loss.even))
+        for lane in range(rows):
+            r = start + lane
+            if per_row[lane] == k.zero:
+                fill_row(grad, r, k.zero)
+                continue
+            factor, factor_lo, main, even = closing_of(closings, lane)
+            write_slopes(
+                logits,
+                where,
+                probabilities,
+                weight,
+                numbers,
+                picked[lane] if hard else -1,
+                k.zero,
+                r,
+                of_rows[lane],
+                blocks,
+                t,
+                Loss(k.zero, (factor, factor_lo), main, even),
+                x,
+                section(e, lane * size, size),
+                q,
+                slopes,
+                False,
+                grad,
+            )
+
+
 @allocating
 def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weight, loss_grad, numbers, grad, out, begin, end):
     """A cross entropy with all options, and, where `grad` has classes, its gradient; arrays without elements stand for none."""
@@ -2394,86 +2529,88 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
             slopes,
         )
         return
+    if is_short(logits, where, t) and numbers.softcap == k.zero:
+        loss_short_rows(
+            logits,
+            where,
+            probabilities,
+            labels,
+            ignored,
+            weight,
+            sample_weight,
+            loss_grad,
+            numbers,
+            grad,
+            out,
+            begin,
+            end,
+            x,
+            e,
+            q,
+            slopes,
+        )
+        return
     blocks = block_room(logits)
     spreads = np.empty((len(blocks), 6), logits.dtype)
     keep = grad.size != 0 and len(blocks) == 1
-    short = is_short(logits, where, t) and numbers.softcap == k.zero
     # The terms of several blocks wait in the gradient's row, unless it is that of what is read once more.
     apart = grad.ctypes.data != logits.ctypes.data and grad.ctypes.data != probabilities.ctypes.data
     in_place = grad.size != 0 and len(blocks) > 1 and grad.strides[1] == grad.itemsize and apart
-    size, most = room_of(e, classes) if short else (k.block, 1)
-    of_rows, closings = scratch(numbers.softcap, GROUP_BYTES), scratch(numbers.softcap, GROUP_BYTES)
-    for start in range(begin, end, most):
-        rows = min(most, end - start)
-        if short:
-            if keep:
-                maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, True, of_rows, grad)
+    for r in range(begin, end):
+        i, j = position(r, inner)
+        label = labels[i, j] if labels.size else -1
+        staged = x
+        for b in range(len(blocks)):
+            staged = stage(logits, where, r, b * k.block, x, cap)
+            maximum = maximum_of(staged)
+            spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, b * k.block, maximum, q)
+            keep_spread(spreads, b, spread)
+            upcoming = next_block(logits, r, b * k.block, end, staged)
+            blocks[b, 0] = maximum
+            if in_place:
+                target = packed(block_of(grad, r, b * k.block))
+                blocks[b, 1], blocks[b, 2] = keep_block(staged, e, target, maximum, t, upcoming)
             else:
-                maximum, total, total_lo = reduce_short_rows(logits, start, rows, end, e, False, of_rows, None)
-            put_group(closings, 0, finish_row(maximum, total, total_lo))
-        for lane in range(rows):
-            r = start + lane
-            i, j = position(r, inner)
-            label = labels[i, j] if labels.size else -1
-            staged = x
-            if short:
-                staged, maximum, f = packed(block_of(logits, r, 0)), of_rows[lane], closing_of(closings, lane)
-                spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, 0, maximum, q)
-            else:
-                for b in range(len(blocks)):
-                    staged = stage(logits, where, r, b * k.block, x, cap)
-                    maximum = maximum_of(staged)
-                    spread = spread_block(staged, where, weight, numbers.label_smoothing, label, r, b * k.block, maximum, q)
-                    keep_spread(spreads, b, spread)
-                    upcoming = next_block(logits, r, b * k.block, end, staged)
-                    blocks[b, 0] = maximum
-                    if in_place:
-                        target = packed(block_of(grad, r, b * k.block))
-                        blocks[b, 1], blocks[b, 2] = keep_block(staged, e, target, maximum, t, upcoming)
-                    else:
-                        blocks[b, 1], blocks[b, 2], _ = reduce_block(staged, e, maximum, t, keep, upcoming)
-                    blocks[b, 3] = blocks[b, 4] = k.zero
-                maximum, total, total_lo = join_blocks(blocks, t)[:3]
-                spread = join_spreads(blocks, spreads, maximum)
-                f = finish_row(maximum, total, total_lo)
-            nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
-            if nothing or (labels.size and not 0 <= label < classes):
-                answer = k.zero if nothing else k.nan
-                out[i, j] = answer
-                if grad.size:
-                    for c in range(classes):
-                        grad[i, c, j] = answer
-                continue
-            if labels.size:
-                mass = (weight[label] if weight.size else k.one), k.zero
-                dot = weigh(spread.target, mass[0], maximum)
-            else:
-                dot, mass = dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q)
-            of_row = (sample_weight[i, j] if sample_weight.size else k.one), (loss_grad[i, j] if loss_grad.size else k.one)
-            loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
-            out[i, j] = loss.value
-            if grad.size:
-                kept = section(e, lane * size, size)
-                write_slopes(
-                    logits,
-                    where,
-                    probabilities,
-                    weight,
-                    numbers,
-                    label,
-                    r,
-                    maximum,
-                    blocks,
-                    t,
-                    spread,
-                    loss,
-                    x,
-                    kept,
-                    q,
-                    slopes,
-                    in_place,
-                    grad,
-                )
+                blocks[b, 1], blocks[b, 2], _ = reduce_block(staged, e, maximum, t, keep, upcoming)
+            blocks[b, 3] = blocks[b, 4] = k.zero
+        maximum, total, total_lo = join_blocks(blocks, t)[:3]
+        spread = join_spreads(blocks, spreads, maximum)
+        f = finish_row(maximum, total, total_lo)
+        nothing = spread.count == k.zero or (labels.size and is_ignored(label, ignored))
+        if nothing or (labels.size and not 0 <= label < classes):
+            answer = k.zero if nothing else k.nan
+            out[i, j] = answer
+            fill_row(grad, r, answer)
+            continue
+        if labels.size:
+            mass = (weight[label] if weight.size else k.one), k.zero
+            dot = weigh(spread.target, mass[0], maximum)
+        else:
+            dot, mass = dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x, q)
+        of_row = (sample_weight[i, j] if sample_weight.size else k.one), (loss_grad[i, j] if loss_grad.size else k.one)
+        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
+        out[i, j] = loss.value
+        if grad.size:
+            write_slopes(
+                logits,
+                where,
+                probabilities,
+                weight,
+                numbers,
+                label,
+                spread.target,
+                r,
+                maximum,
+                blocks,
+                t,
+                loss,
+                x,
+                e,
+                q,
+                slopes,
+                in_place,
+                grad,
+            )
 
 
 @inlined
