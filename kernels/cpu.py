@@ -463,9 +463,20 @@ def count(typingctx, mask):
 
     def codegen(context, builder, signature, args):
         bits = builder.bitcast(args[0], ir.IntType(mask.line.lanes))
-        return builder.uitofp(builder.ctpop(bits), context.get_value_type(mask.line.real))
+        return builder.zext(builder.ctpop(bits), context.get_value_type(types.intp))
 
-    return mask.line.real(mask), codegen
+    return types.intp(mask), codegen
+
+
+@intrinsic
+def number_like(typingctx, like, count):
+    """A count as a number."""
+    real = _real(like)
+
+    def codegen(context, builder, signature, args):
+        return builder.sitofp(args[1], context.get_value_type(real))
+
+    return real(like, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -1127,10 +1138,9 @@ def without_maximum(term, x, maximum):
 @inlined
 def add_group(s, s_lo, maximum, t, xa, xb, xc, xd):
     """The terms of a group, added to the lanes without those of the maximum, which are counted; and the terms."""
-    k = constants(maximum)
     a, b, c, d = parts_of(xa, maximum, t), parts_of(xb, maximum, t), parts_of(xc, maximum, t), parts_of(xd, maximum, t)
     kept = a[0], b[0], c[0], d[0]
-    ones = k.zero
+    ones = 0
     if anywhere(largest(xa, xb, xc, xd) == maximum):
         a, hit_a = without_maximum(a, xa, maximum)
         b, hit_b = without_maximum(b, xb, maximum)
@@ -1158,7 +1168,7 @@ def add_terms(x, e, maximum, t, keep, upcoming, to):
     """Steps 1 and 2: the lanes, and how often the maximum was met; `keep` leaves the terms in e. What comes next is asked for,
     and where the results will go, if `to` is not None."""
     k = constants(x[0])
-    s, s_lo, ones = every_lane(k.zero), every_lane(k.zero), k.zero
+    s, s_lo, ones = every_lane(k.zero), every_lane(k.zero), 0
     two, three, group = 2 * k.lanes, 3 * k.lanes, LINES * k.lanes
     whole = x.size // group * group
     for i in range(0, whole, group):
@@ -1181,7 +1191,7 @@ def add_terms(x, e, maximum, t, keep, upcoming, to):
         ones += more
         if keep:
             put_group(e, whole, kept)
-    return s, s_lo, ones
+    return s, s_lo, number_like(s, ones)
 
 
 @helper
