@@ -45,7 +45,8 @@ SIZES = tuple(1 << n for n in range(12, 20))
 OTHER_SIZES = (3000, 12_000, 25_000, 50_000, 100_000, 400_000, 3_000_000)
 # Not below a few microseconds: there is nothing to gain then, and a thread that sleeps takes longer to wake.
 CROSSOVERS = tuple(1 << n for n in range(13, 19))
-ROUNDS = 7
+ROUNDS = 5
+PASSES = 2  # to tune, over the whole grid: waking a thread takes 1 us at one time and 3 some minutes later
 SAMPLE_SECONDS = 0.002
 WITHIN = 1.1  # times the best time
 GOAL = 0.95  # of the calls are within that
@@ -156,7 +157,7 @@ def least_regret(found):
 def tune(only):
     """Return the crossovers by backend, operation and bytes of a logit."""
     times_of = {}
-    for call, seconds in measured(grid(CLASSES, SIZES, only)):
+    for call, seconds in measured(PASSES * grid(CLASSES, SIZES, only)):
         for name in BACKENDS:
             key = name, call.operation, np.dtype(call.dtype).itemsize
             times_of.setdefault(key, []).append((call.work, seconds[name, 1], seconds[name, THREADS]))

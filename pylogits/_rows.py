@@ -45,7 +45,8 @@ _OTHERS = {  # what second operands are, for the C backend
     "softmax_backward": "grad",
     "log_softmax_backward": "grad",
 }
-_HALVES = frozenset({np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)})
+_FLOAT16, _BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+_HALVES = frozenset({_FLOAT16, _BFLOAT16})
 _FLOATS = _HALVES | {_FLOAT32, _FLOAT64, np.dtype(np.longdouble)}
 
 
@@ -411,22 +412,28 @@ def run_contiguous(
 ) -> Any:
     """The common case of an operation, straight into a compiled backend; None where it isn't the common case.
 
-    That is C-contiguous arrays of one dtype, float32 or float64, class axis last, no options, and int64 labels. What may be
-    wrong with anything else, the general way says. `other` is the operation's second operand, where it has one. An operation
-    with two outputs has gradients, by `scale`, in the one that is given or made here, and `losses` where the caller wants them.
+    That is C-contiguous arrays of one dtype (float32, float64 or half precision), class axis last, no options, and int64
+    labels. What may be wrong with anything else, the general way says. `other` is the operation's second operand, where it has
+    one. An operation with two outputs has gradients, by `scale`, in the one that is given or made here, and `losses` where the
+    caller wants them.
     """
     if where is not None or type(axis) is not int or type(temperature) is not float:
         return None
     if axis != -1 or temperature != 1.0 or type(logits) is not np.ndarray:
         return None
     dtype = logits.dtype
-    # `carray`: C-contiguous, aligned, in native byte order (as these two dtypes are) and writeable, in one look-up.
-    if (dtype is not _FLOAT32 and dtype is not _FLOAT64) or not logits.flags.carray:
+    number = dtype  # of one number a row
+    if dtype is _FLOAT16 or dtype is _BFLOAT16:
+        number = _FLOAT32
+    elif dtype is not _FLOAT32 and dtype is not _FLOAT64:
+        return None
+    # `carray`: C-contiguous, aligned, in native byte order (as these dtypes are) and writeable, in one look-up.
+    if not logits.flags.carray:
         return None
     shape, size = logits.shape, logits.size
     if not (shape and 0 < size <= CALL_SIZE):
         return None
-    result_shape = shape[:-1] if operation in _PER_ROW else shape
+    result_shape, result_dtype = (shape[:-1], number) if operation in _PER_ROW else (shape, dtype)
     name = _OTHERS.get(operation)
     if name is not None:
         wanted, likewise = (_INT64, shape[:-1]) if name == "labels" else (dtype, shape)
@@ -434,7 +441,7 @@ def run_contiguous(
             return None
     if out is not None and not (
         type(out) is np.ndarray
-        and out.dtype is dtype
+        and out.dtype is result_dtype
         and out.flags.carray
         and out.shape == result_shape
         and (out is logits or not clashes(out, logits))
@@ -444,7 +451,7 @@ def run_contiguous(
     module, threads = _dispatch.select(operation, dtype, size, shape[-1])
     if module.__name__ == _dispatch.REFERENCE_MODULE:
         return None
-    result = np.empty(result_shape, dtype) if out is None else out
+    result = np.empty(result_shape, result_dtype) if out is None else out
     if module.__name__ == _dispatch.C_MODULE:
         labels = other if name == "labels" else None
         probabilities = other if name == "probabilities" else None

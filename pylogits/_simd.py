@@ -107,11 +107,8 @@ def _run_simple(operation: int, logits: Array, threads: int, **arguments: Any) -
     _, classes, inner = logits.shape
     if inner != 1 or classes > PART_SIZE:
         return None
-    dtype = logits.dtype
-    if dtype == _BFLOAT16:
-        logits, arguments = _bits(logits), {name: _bits(value) for name, value in arguments.items()}
     try:
-        return run_contiguous(operation, dtype, logits, logits.size, classes, threads, **arguments)
+        return run_contiguous(operation, logits.dtype, logits, logits.size, classes, threads, **arguments)
     except ValueError:  # an array is not contiguous
         return None
 
@@ -136,6 +133,8 @@ def run_contiguous(
     scale: tuple[float, float] = (1.0, 0.0),
 ) -> int:
     """An operation on contiguous arrays, `size` logits in all: the last axis are the classes. ValueError for other arrays."""
+    if dtype is _BFLOAT16:
+        logits, out, probabilities, grad = _bits(logits), _bits(out), _bits(probabilities), _bits(grad)
     return _checked(
         _run_contiguous(
             operation,

@@ -411,7 +411,7 @@ def _plain_cross_entropy(
             return None
     if type(logits) is not np.ndarray or logits.ndim == 0 or type(reduction) is not str or reduction not in REDUCTIONS:
         return None
-    dtype, rows = logits.dtype, logits.shape[:-1]
+    dtype, rows = _rows.row_dtype(logits.dtype), logits.shape[:-1]
     count = math.prod(rows)
     if dtype.char not in "fd" or not 0 < count <= ROWS_AT_A_TIME:
         return None
