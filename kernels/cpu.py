@@ -2212,14 +2212,31 @@ def dense_rows(logits, where, labels, out, begin, end):
 
 @allocating
 def write_slopes(
-    logits, where, probabilities, weight, numbers, label, target, r, maximum, blocks, t, loss, x, e, q, slopes, in_place, grad
+    logits,
+    where,
+    probabilities,
+    weight,
+    numbers,
+    label,
+    target,
+    r,
+    maximum,
+    blocks,
+    t,
+    loss,
+    x,
+    e,
+    q,
+    slopes,
+    short,
+    in_place,
+    grad,
 ):
-    """The gradient of a row, with the logit of its label. Its terms are in e, if it has one block only, or `in_place`."""
+    """The gradient of a row, with the logit of its label. Its terms are in e, if it is `short`, or `in_place`."""
     k = constants(maximum)
     cap = cap_of(numbers)
     soft = probabilities.shape[1] != 0
     weighted = weight.size != 0 and (soft or loss.even != k.zero)
-    short = logits.shape[1] <= k.block
     for first in range(0, logits.shape[1], k.block):
         place = block_of(grad, r, first)
         n = place.size
@@ -2502,6 +2519,7 @@ def loss_short_rows(
                 section(e, lane * size, size),
                 q,
                 slopes,
+                True,
                 False,
                 grad,
             )
@@ -2618,7 +2636,102 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
                 e,
                 q,
                 slopes,
+                len(blocks) == 1,
                 in_place,
+                grad,
+            )
+
+
+# ---- rows that are made a block at a time, and are never there as a whole ----
+
+
+@allocating
+def reduce_parts(logits, where, labels, weight, numbers, blocks, spreads, b, begin, end):
+    """Steps 1 to 3 of block number b of rows, and what a loss needs beside; `where` and `weight` are the block's."""
+    logits, where, weight = borrowed(logits), borrowed(where), borrowed(weight)
+    k = constants(numbers.softcap)
+    cap = cap_of(numbers)
+    t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
+    x, e, q = (
+        scratch(numbers.softcap, BLOCK_BYTES),
+        scratch(numbers.softcap, BLOCK_BYTES),
+        scratch(numbers.softcap, BLOCK_BYTES),
+    )
+    for r in range(begin, end):
+        staged = stage(logits, where, r, 0, x, cap)
+        maximum = maximum_of(staged)
+        label = labels[r, 0] - b * k.block
+        keep_spread(spreads[r], b, spread_block(staged, where, weight, numbers.label_smoothing, label, r, 0, maximum, q))
+        blocks[r, b, 0] = maximum
+        blocks[r, b, 1], blocks[r, b, 2], _ = reduce_block(staged, e, maximum, t, False, staged)
+        blocks[r, b, 3] = blocks[r, b, 4] = k.zero
+
+
+@allocating
+def write_parts(
+    logits,
+    where,
+    labels,
+    weight,
+    of_classes,
+    sample_weight,
+    loss_grad,
+    numbers,
+    blocks,
+    spreads,
+    b,
+    classes,
+    grad,
+    out,
+    begin,
+    end,
+):
+    """The losses, and of block number b the gradients, if `grad` has classes; `where` and `of_classes` are the block's,
+    `weight` the row's."""
+    logits, where, grad, out = borrowed(logits), borrowed(where), borrowed(grad), borrowed(out)
+    k = constants(numbers.softcap)
+    t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
+    x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
+    no_probabilities = logits[:, :0, :]
+    for r in range(begin, end):
+        maximum, total, total_lo = join_blocks(blocks[r], t)[:3]
+        spread = join_spreads(blocks[r], spreads[r], maximum)
+        if spread.count == k.zero:
+            out[r, 0] = k.zero
+            fill_row(grad, r, k.zero)
+            continue
+        label = labels[r, 0]
+        if not 0 <= label < classes:  # it has changed since it was checked
+            out[r, 0] = k.nan
+            fill_row(grad, r, k.nan)
+            continue
+        mass = (weight[label] if weight.size else k.one), k.zero
+        dot = weigh(spread.target, mass[0], maximum)
+        of_row = (sample_weight[r, 0] if sample_weight.size else k.one), (loss_grad[r, 0] if loss_grad.size else k.one)
+        f = finish_row(maximum, total, total_lo)
+        loss = close_loss(numbers, maximum, f, t, dot, mass, spread, of_row[0], of_row[1])
+        out[r, 0] = loss.value
+        if grad.size:
+            write_slopes(
+                logits,
+                where,
+                no_probabilities,
+                of_classes,
+                numbers,
+                label - b * k.block,
+                spread.target,
+                r,
+                maximum,
+                blocks[r, b : b + 1],
+                t,
+                loss,
+                x,
+                e,
+                q,
+                slopes,
+                False,
+                False,
                 grad,
             )
 
@@ -3138,6 +3251,53 @@ def loss_pieces(
     return bad
 
 
+def reduce_parts_pieces(logits, where, labels, weight, numbers, blocks, spreads, b, bfloat16, pieces, piece):
+    for p in prange(pieces):
+        stop = piece_end(logits, p * piece, piece)
+        reduce_parts(logits, where, labels, weight, numbers, blocks, spreads, b, p * piece, stop)
+
+
+def write_parts_pieces(
+    logits,
+    where,
+    labels,
+    weight,
+    of_classes,
+    sample_weight,
+    loss_grad,
+    numbers,
+    blocks,
+    spreads,
+    b,
+    classes,
+    grad,
+    out,
+    bfloat16,
+    pieces,
+    piece,
+):
+    for p in prange(pieces):
+        stop = piece_end(logits, p * piece, piece)
+        write_parts(
+            logits,
+            where,
+            labels,
+            weight,
+            of_classes,
+            sample_weight,
+            loss_grad,
+            numbers,
+            blocks,
+            spreads,
+            b,
+            classes,
+            grad,
+            out,
+            p * piece,
+            stop,
+        )
+
+
 def backward_pieces(results, grad, log, out, bfloat16, pieces, piece):
     step = rows_at_once(results, piece)
     for p in prange(pieces):
@@ -3255,6 +3415,7 @@ def _signature(function, element):
     full, per_row, per_top = _array(element, 3), _array(real, 2), _array(real, 3)
     where, labels, label = _array(types.uint8, 3), _array(types.int64, 3), _array(types.int64, 2)
     flag, count = types.boolean, types.intp
+    weight, numbers = types.Array(real, 1, "C"), types.NamedUniTuple(real, len(LossNumbers._fields), LossNumbers)
     operands = {
         softmax_pieces: (full, where, real, flag, full),
         logsumexp_pieces: (full, where, real, per_row),
@@ -3266,10 +3427,27 @@ def _signature(function, element):
             full,
             label,
             types.Array(types.int64, 1, "C"),
-            types.Array(real, 1, "C"),
+            weight,
             per_row,
             per_row,
-            types.NamedUniTuple(real, len(LossNumbers._fields), LossNumbers),
+            numbers,
+            full,
+            per_row,
+        ),
+        reduce_parts_pieces: (full, where, label, weight, numbers, per_top, per_top, count),
+        write_parts_pieces: (
+            full,
+            where,
+            label,
+            weight,
+            weight,
+            per_row,
+            per_row,
+            numbers,
+            per_top,
+            per_top,
+            count,
+            count,
             full,
             per_row,
         ),
@@ -3309,8 +3487,12 @@ def callable_from_jit(function, dtype, parallel=False):
 def compile_all():
     """Everything that a call may want, into Numba's cache: yields what is done."""
     functions = softmax_pieces, logsumexp_pieces, pick_pieces, dense_pieces, loss_pieces, backward_pieces, score_pieces
+    of_parts = reduce_parts_pieces, write_parts_pieces
     twins = (False, True) if _may_enter_threads() else (False,)
-    for function, dtype, parallel in itertools.product(functions, (*REALS, _BITS), twins):
+    for function, dtype, parallel in (
+        *itertools.product(functions, (*REALS, _BITS), twins),
+        *itertools.product(of_parts, REALS, twins),
+    ):
         compiled(function, dtype, parallel)
         name = "half precision" if dtype == _BITS else dtype
         yield f"{function.__name__.removesuffix('_pieces')} {name}, {'threads' if parallel else 'serial'}"
@@ -3422,6 +3604,15 @@ def sparse_softmax_cross_entropy_with_logits(logits, labels, out, threads):
     return _run(pick_pieces, threads, logits, _where(None), labels[:, None], 1.0, True, out[:, None])
 
 
+def _weight(options, real):
+    """No classes at all stand for no weights."""
+    return np.ascontiguousarray([] if options.weight is None else options.weight, real)
+
+
+def _loss_numbers(options):
+    return LossNumbers(options.label_smoothing, options.z_loss, options.softcap or 0.0, options.temperature, *options.scale)
+
+
 def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad, grad, out, options, threads):
     if labels is not None and options.are_default and all(array is None for array in (where, sample_weight, grad)):
         # without options, the kernel that is made for it, with the same bits
@@ -3438,13 +3629,68 @@ def cross_entropy(logits, where, probabilities, labels, sample_weight, loss_grad
         no_classes if probabilities is None else probabilities,
         np.empty((0, 0), np.int64) if labels is None else labels,
         np.array(ignored, np.int64),
-        np.ascontiguousarray([] if options.weight is None else options.weight, real),
+        _weight(options, real),
         no_rows if sample_weight is None else sample_weight,
         no_rows if loss_grad is None else loss_grad,
-        LossNumbers(options.label_smoothing, options.z_loss, options.softcap or 0.0, options.temperature, *options.scale),
+        _loss_numbers(options),
         no_classes if grad is None else grad,
         out,
     )
+
+
+def tile_classes(dtype):
+    return BLOCK_BYTES // dtype.itemsize
+
+
+class TiledCrossEntropy:
+    """As that of the C backend, of rows that are joined as they are written."""
+
+    def __init__(self, shape, where, labels, sample_weight, loss_grad, out, options, threads):
+        rows, self._classes = shape
+        dtype = out.dtype
+        no_rows = np.empty((0, 0), dtype)
+        self.block = tile_classes(dtype)
+        self._threads = threads
+        self._where = _NO_MASK if where is None else where[:, :, None].view(np.uint8)
+        self._labels, self._out = labels[:, None], out[:, None]
+        self._of_rows = tuple(no_rows if of_row is None else of_row[:, None] for of_row in (sample_weight, loss_grad))
+        self._weight, self._numbers = _weight(options, dtype), _loss_numbers(options)
+        count = -(-self._classes // self.block)
+        self._reduced = np.empty((rows, count, 5), dtype), np.empty((rows, count, 6), dtype)
+
+    def _of_tile(self, first):
+        """Which block it is, and its part of the mask and of the weights."""
+        stop = first + self.block
+        return first // self.block, self._where[:, first:stop], self._weight[first:stop]
+
+    def reduce(self, tile, first):
+        b, where, weight = self._of_tile(first)
+        logits = tile[:, :, None]
+        _run(reduce_parts_pieces, self._threads, logits, where, self._labels, weight, self._numbers, *self._reduced, b)
+
+    def join(self):
+        """Nothing: see above."""
+
+    def write(self, tile=None, first=0):
+        grad = self._out[:, :0, None] if tile is None else tile[:, :, None]
+        b, where, weight = self._of_tile(first)
+        _run(
+            write_parts_pieces,
+            self._threads,
+            grad,
+            where,
+            self._labels,
+            self._weight,
+            weight,
+            *self._of_rows,
+            self._numbers,
+            *self._reduced,
+            b,
+            self._classes,
+            grad,
+            self._out,
+        )
+        return -1
 
 
 def softmax_backward(probs, grad, out, threads):

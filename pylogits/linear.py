@@ -215,9 +215,9 @@ class _Layer:
     def __init__(self, x: Array, w: Array, bias: Array | None, dtype: np.dtype[Any], problem: Problem) -> None:
         self.x, self.w, self.bias, self.dtype, self.problem = x, w, bias, dtype, problem
         self.module = _dispatch.load(_dispatch.choose_backend(dtype))
-        # Only C takes rows in parts, and not for probabilities, of which there are rows x classes anyway.
+        # The reference does not take rows in parts, and none does for probabilities, of which there are rows x classes anyway.
         self.classes = w.shape[0]
-        if problem.hard and self.module.__name__ == _dispatch.C_MODULE:
+        if problem.hard and self.module.__name__ != _dispatch.REFERENCE_MODULE:
             self.classes = min(self.classes, self.module.tile_classes(dtype))
         self.by_class = self.classes < w.shape[0]
 

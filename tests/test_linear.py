@@ -47,6 +47,24 @@ def problem(rng, dtype, classes, features, hard):
     return x, w, bias, rng.random((*lead, classes)).astype(dtype), chosen
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "weight": True}, {"z_loss": 0.01, "where": True}, {"softcap": 5.0, "temperature": 0.7}],
+    ids=" ".join,
+)
+def test_a_row_in_parts_has_the_bits_of_the_whole(backend, dtype, options):
+    rng = np.random.default_rng(1)
+    # of whole numbers, whose products are exact however they are cut
+    x, w, bias = (rng.integers(-3, 4, shape).astype(dtype) for shape in ((1, 4), (9001, 4), (9001,)))
+    arrays = {"weight": rng.random(9001), "where": np.arange(9001) % 7 != 1}
+    options = {name: arrays.get(name, value) for name, value in options.items()} | {"reduction": "none"}
+    loss, (_, _, slopes) = pylogits.linear_cross_entropy_value_and_grad(x, w, [4098], linear_bias=bias, **options)
+    expected, grad = pylogits.cross_entropy_value_and_grad(x @ w.T + bias, [4098], **options)
+    np.testing.assert_array_equal(loss, expected)
+    np.testing.assert_array_equal(slopes, grad[0])
+
+
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("classes", [5, 4096, 9001])
