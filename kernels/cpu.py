@@ -2216,7 +2216,7 @@ def write_slopes(
     where,
     probabilities,
     weight,
-    numbers,
+    cap,
     label,
     target,
     r,
@@ -2234,7 +2234,6 @@ def write_slopes(
 ):
     """The gradient of a row, with the logit of its label. Its terms are in e, if it is `short`, or `in_place`."""
     k = constants(maximum)
-    cap = cap_of(numbers)
     soft = probabilities.shape[1] != 0
     weighted = weight.size != 0 and (soft or loss.even != k.zero)
     for first in range(0, logits.shape[1], k.block):
@@ -2246,7 +2245,7 @@ def write_slopes(
         for c in range(0, n if soft or weighted else 0, k.lanes):
             minus = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
             put_line(q, c, fma(line_of(targets, c), loss.keep, minus) if soft else minus)
-        if numbers.softcap != k.zero:  # before the logits may be overwritten
+        if cap.softcap != k.zero:  # before the logits may be overwritten
             load(slopes, block_of(logits, r, first))
             cap_row(slopes, n, cap, True)
         of_block = blocks[first // k.block, 0]
@@ -2270,7 +2269,7 @@ def write_slopes(
             minus = fma(of_label, loss.keep, of_label * loss.even)
             term_ = e[label] if short else term(target, of_block, t)
             result[label - first] = along(term_ * scaling[2], scaling[:2], minus)
-        if numbers.softcap != k.zero:
+        if cap.softcap != k.zero:
             for c in range(n):
                 result[c] *= slopes[c]
         mask(result, n, where, r, first, k.zero)
@@ -2457,7 +2456,7 @@ def loss_short_rows(
 ):
     """loss_rows, step by step: what is one number of a row is made for LANES rows at once."""
     k = constants(numbers.softcap)
-    lanes, t = k.lanes, (k.one, k.zero)
+    lanes, t, cap = k.lanes, (k.one, k.zero), cap_of(numbers)
     size, most = room_of(e, logits.shape[1])
     of_rows, closings = scratch(numbers.softcap, GROUP_BYTES), scratch(numbers.softcap, GROUP_BYTES)
     per_row, sums = scratch(numbers.softcap, ROW_NUMBERS_BYTES), scratch(numbers.softcap, ROW_SUMS_BYTES)
@@ -2507,7 +2506,7 @@ def loss_short_rows(
                 where,
                 probabilities,
                 weight,
-                numbers,
+                cap,
                 picked[lane] if hard else -1,
                 k.zero,
                 r,
@@ -2624,7 +2623,7 @@ def loss_rows(logits, where, probabilities, labels, ignored, weight, sample_weig
                 where,
                 probabilities,
                 weight,
-                numbers,
+                cap,
                 label,
                 spread.target,
                 r,
@@ -2690,6 +2689,7 @@ def write_parts(
     `weight` the row's."""
     logits, where, grad, out = borrowed(logits), borrowed(where), borrowed(grad), borrowed(out)
     k = constants(numbers.softcap)
+    cap = cap_of(numbers)
     t = invert(numbers.temperature if numbers.softcap == k.zero else k.one)
     x, e = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
     q, slopes = scratch(numbers.softcap, BLOCK_BYTES), scratch(numbers.softcap, BLOCK_BYTES)
@@ -2718,7 +2718,7 @@ def write_parts(
                 where,
                 no_probabilities,
                 of_classes,
-                numbers,
+                cap,
                 label - b * k.block,
                 spread.target,
                 r,
