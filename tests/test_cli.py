@@ -477,5 +477,5 @@ def test_warmup(monkeypatch):
     compiled = []
     monkeypatch.setattr(cpu, "compiled", lambda *arguments: compiled.append(arguments))
     result = run("warmup")
-    assert (result.exit_code, len(set(compiled))) == (0, 42)
+    assert (result.exit_code, len(set(compiled))) == (0, 50)
     assert result.stdout.splitlines()[:2] == ["softmax float32, serial", "softmax float32, threads"]
