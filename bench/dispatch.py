@@ -46,7 +46,7 @@ OTHER_SIZES = (3000, 12_000, 25_000, 50_000, 100_000, 400_000, 3_000_000)
 # Not below a few microseconds: there is nothing to gain then, and a thread that sleeps takes longer to wake.
 CROSSOVERS = tuple(1 << n for n in range(13, 19))
 ROUNDS = 5
-PASSES = 2  # to tune, over the whole grid: waking a thread takes 1 us at one time and 3 some minutes later
+PASSES = 2  # to tune, over the whole grid: for minutes a thread may take 3 us to wake instead of 1, or wait for a core
 SAMPLE_SECONDS = 0.002
 WITHIN = 1.1  # times the best time
 GOAL = 0.95  # of the calls are within that
@@ -155,15 +155,17 @@ def least_regret(found):
 
 
 def tune(only):
-    """Return the crossovers by backend, operation and bytes of a logit."""
+    """Return the crossovers by backend, operation and bytes of a logit, by the least times of the passes."""
     times_of = {}
     for call, seconds in measured(PASSES * grid(CLASSES, SIZES, only)):
         for name in BACKENDS:
-            key = name, call.operation, np.dtype(call.dtype).itemsize
-            times_of.setdefault(key, []).append((call.work, seconds[name, 1], seconds[name, THREADS]))
+            found = times_of.setdefault((name, call.operation, np.dtype(call.dtype).itemsize), {})
+            now = seconds[name, 1], seconds[name, THREADS]
+            found[call] = tuple(map(min, now, found.get(call, now)))
     table = {}
     for (name, operation, itemsize), found in times_of.items():
-        table.setdefault(name, {}).setdefault(operation, {})[itemsize] = least_regret(found)
+        below = least_regret([(call.work, *least) for call, least in found.items()])
+        table.setdefault(name, {}).setdefault(operation, {})[itemsize] = below
     return table
 
 
