@@ -38,7 +38,7 @@ def seconds(call, backend, cache):
     """Return the times of the import, the first call and the second, in a new process."""
     environment = {**os.environ, "PYLOGITS_BACKEND": backend, "NUMBA_CACHE_DIR": cache}
     code = CHILD.format(call=CALLS[call], inside="njit" in call)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
 
 
