@@ -37,7 +37,7 @@ _FLOAT32, _FLOAT64, _INT64 = np.dtype(np.float32), np.dtype(np.float64), np.dtyp
 _PER_ROW = frozenset(
     {"logsumexp", "softmax_cross_entropy_with_logits", "sparse_softmax_cross_entropy_with_logits", "cross_entropy"}
 )
-_OTHERS = {  # what second operands are, for the C backend
+_OTHERS = {  # what second operands are
     "softmax_cross_entropy_with_logits": "probabilities",
     "sparse_softmax_cross_entropy_with_logits": "labels",
     "cross_entropy": "labels",

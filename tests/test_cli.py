@@ -472,7 +472,10 @@ def test_config(capsys):
 
 
 def test_warmup(monkeypatch):
-    """Each operation for both dtypes and the bits of halves, serial and parallel; compiled elsewhere, as it takes minutes."""
+    """Each operation for both dtypes and the bits of halves, two steps of rows in parts for both dtypes; serial and parallel.
+
+    Compiled elsewhere, as it takes minutes.
+    """
     cpu = pytest.importorskip("pylogits.kernels.cpu")
     compiled = []
     monkeypatch.setattr(cpu, "compiled", lambda *arguments: compiled.append(arguments))
