@@ -59,8 +59,9 @@ ptx: $(VENV)/installed  ## compile the CUDA kernels without a GPU: registers, sp
 	$(BIN)/python bench/ptx.py $(PTX)
 
 .PHONY: gpu
-gpu: $(VENV)/installed  ## on a machine with a GPU and torch: the tests of the CUDA kernels, then their times beside torch's
+gpu: $(VENV)/installed  ## on a machine with a GPU and torch: the tests of the CUDA kernels, their errors, then their times beside torch's
 	$(BIN)/pytest tests/test_cuda_kernels.py tests/test_gpu.py
+	$(BIN)/python bench/gpu_accuracy.py
 	$(BIN)/python bench/gpu.py --json gpu.json
 
 .PHONY: docs

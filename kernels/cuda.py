@@ -231,11 +231,11 @@ def exp_scaled(k, hi, lo):
 
 @device
 def exp_pair(k, hi, lo):
-    """exp(hi + lo) as a pair."""
+    """exp(hi + lo) * EXP_SCALE with twice the digits, for hi <= 0."""
     r, square, shifted = reduce(k, hi, lo)
     s, r_lo = two_sum(r, mul(exp_tail(k, r, square), square))
     total, total_lo = fast_two_sum(k.one, s)
-    scale = scale_of(shifted) / k.exp_scale
+    scale = scale_of(shifted)
     if hi < k.exp_lowest:
         return k.zero, k.zero
     return total * scale, (total_lo + r_lo) * scale
@@ -605,6 +605,17 @@ def moved(sums, difference):
 
 
 @device
+def shrunk(k, total, factor, ones):
+    """A scaled total and `ones` times exp(-distance), of which the scaled value is given. Without its scale that may be
+    subnormal where the product is not (many terms, far below a new maximum): then the total gives up its own instead."""
+    down = k.one / k.exp_scale
+    far = factor[0] < k.one
+    total_down, factor_down = (down, k.one) if far else (k.one, down)
+    product = times((total[0] * total_down, total[1] * total_down), (factor[0] * factor_down, factor[1] * factor_down))
+    return plus(product, (ones * factor[0], ones * factor[1]))
+
+
+@device
 def gather(k, plan, row, x, other, where, weight, cap, t, smoothing, keep, tile, room):
     """The maximum of a row, the sum of the other exponentials as a pair, and with `other` (probabilities) or `smoothing` (of
     labels) the sums that losses need. Each tile moves what was summed before to the maximum so far. With `keep` the tile has
@@ -627,9 +638,7 @@ def gather(k, plan, row, x, other, where, weight, cap, t, smoothing, keep, tile,
             before, reference = reference, largest if finite(k, largest) else k.zero
             if first > 0:
                 hi, lo = exponent(maximum, largest, t)
-                factor = exp_pair(k, hi, lo)
-                scale = number(k.one, ones) * k.exp_scale
-                total, total_lo = plus(times((total, total_lo), factor), (scale * factor[0], scale * factor[1]))
+                total, total_lo = shrunk(k, (total, total_lo), exp_pair(k, hi, lo), number(k.one, ones))
                 ones = np.uint32(0)
                 difference = two_sum(reference, -before)
                 targets, even = moved(targets, difference), moved(even, difference)
@@ -784,6 +793,8 @@ def write_slopes(
     """factor e - (main q + even) of every class, times the derivative of the softcap; 0 where `nothing` counts."""
     _, factor, main, even = loss
     classes = x.shape[1]
+    lift = k.lift if smoothing is None and probabilities is None else k.one  # what has nothing subtracted is as a probability
+    lifted, lifted_lo, drop = factor[0] * lift, factor[1] * lift, k.one / lift
     first = plan.last
     while first >= 0:
         n, c = length(plan, row, classes, first), row.lane
@@ -800,9 +811,11 @@ def write_slopes(
             if probabilities is not None:
                 q = widen(k, tile[np.uint32(row.other + c)])
                 minus = cuda.fma(q * weight_at(k, weight, first + c), main, minus)
-            elif first + c == label:
-                minus = cuda.fma(weight_at(k, weight, first + c), main, minus)
-            value = cuda.fma(e, factor[0], cuda.fma(e, factor[1], -minus)) * slope
+            value = cuda.fma(e, lifted, cuda.fma(e, lifted_lo, -minus)) * drop
+            if first + c == label:
+                minus = cuda.fma(weight_at(k, weight, label), main, minus)
+                value = cuda.fma(e, factor[0], cuda.fma(e, factor[1], -minus))
+            value *= slope
             put(tile, at, k.zero if nothing or not kept(where, row, first + c) else value)
             c = np.uint32(c + row.lanes)
         store(plan, tile, row, grad, first, n)

@@ -124,13 +124,15 @@ def test_options(op):
 
 
 def rows_that_are_hard():
-    """Rows that lose digits elsewhere: confident ones, ties, a large common offset, a maximum that rises from tile to tile."""
-    x = np.zeros((5, 200), np.float32)
+    """Rows that lose digits elsewhere: confident ones, ties, a large common offset, a maximum that rises from tile to tile,
+    also by more than float32 has room for."""
+    x = np.zeros((6, 200), np.float32)
     x[0, 7] = 18
     x[1, ::3] = 4.25
     x[2] = 1e8 + 8 * np.arange(200) % 56
     x[3] = np.linspace(-60, 40, 200)
     x[4] = np.linspace(0, 1, 200) ** 2
+    x[5, -1] = 92
     return x
 
 
@@ -257,6 +259,14 @@ def test_fully_masked_rows():
     losses, grad = on_gpu(value_and_grad, x, np.array([0, 1]), where=where, reduction="none")
     np.testing.assert_array_equal(losses, np.float32([0, np.log(2)]))
     np.testing.assert_array_equal(grad, [[0, 0], [0.5, -0.5]])
+
+
+def test_gradients_near_the_smallest_normal_number():
+    x = np.concatenate([[0], np.linspace(-87.3, -84, 399)]).astype(np.float32)[None]
+    _, grad = on_gpu(value_and_grad, x, np.array([0]), reduction="none")
+    terms = np.exp(x.astype(np.longdouble))
+    expected = (terms / terms.sum())[:, 1:]
+    assert ulp_error(grad[:, 1:], expected, expected) <= 2
 
 
 # ---- gradients of results, scores ----

@@ -58,6 +58,14 @@ def test_every_length_of_a_row_in_float64_and_strided():
         assert errors(pylogits.softmax(strided, 1), torch.softmax(strided.double(), 1)) <= 2.1, classes
 
 
+def test_a_last_tile_far_above_the_others():
+    x = torch.zeros(40, 128256, device="cuda")
+    x[:, -1] = torch.linspace(80, 97, 40)  # e^-88 is below the smallest normal number, and so many times that is not
+    loss = torch.log1p(128255 * torch.exp(-x[:, -1].double()))
+    assert errors(-pylogits.log_softmax(x)[:, -1], loss) <= 2
+    assert errors(pylogits.cross_entropy(x, torch.full((40,), 128255, device="cuda"), reduction="none"), loss) <= 2
+
+
 def test_rows_that_are_not_aligned():
     whole = randn(1 << 16)
     for start in range(5):
