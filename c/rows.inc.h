@@ -806,6 +806,7 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
     if (blocks[b].max > blocks[top].max || blocks[top].max != blocks[top].max) top = b;
 
   struct FN(row) row = blocks[top];
+  struct FN(pair) below = {0, 0}; /* of the other blocks, scaled: unscaled, each might lose half of the smallest number */
   const bool no_sum = row.max - row.max != 0;
   for (int64_t b = 0; b < count; b++) {
     if (b == top) continue;
@@ -820,14 +821,16 @@ static struct FN(row) FN(join_blocks)(const struct FN(row) * blocks, int64_t cou
     others_lo += blocks[b].sum_lo;
     const REAL term = others * factor;
     const REAL term_lo = FMA(others, factor, -term) + (others * factor_lo + others_lo * factor);
-    const struct FN(pair) so_far = {row.sum, row.sum_lo}, more = {term / EXP_SCALE, term_lo / EXP_SCALE};
-    const struct FN(pair) sum = FN(gather)(so_far, more);
-    row.sum = sum.hi;
-    row.sum_lo = sum.lo;
+    below = FN(gather)(below, (struct FN(pair)){term, term_lo});
     row.dot += factor == 0 ? 0 : factor * (blocks[b].dot - distance * others) / EXP_SCALE;
     const REAL unscaled = factor / EXP_SCALE;
     row.squares += (1 + blocks[b].squares) * unscaled * unscaled;
   }
+  if (no_sum) return row;
+  const struct FN(pair) sum =
+      FN(gather)((struct FN(pair)){row.sum, row.sum_lo}, (struct FN(pair)){below.hi / EXP_SCALE, below.lo / EXP_SCALE});
+  row.sum = sum.hi;
+  row.sum_lo = sum.lo;
   return row;
 }
 

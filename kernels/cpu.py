@@ -1279,6 +1279,7 @@ def join_blocks(blocks, t):
             top = b
     maximum, total, total_lo = blocks[top, 0], blocks[top, 1], blocks[top, 2]
     dot, squares = blocks[top, 3], blocks[top, 4]
+    below, below_lo = k.zero, k.zero  # of the other blocks, scaled: unscaled, each might lose half of the smallest number
     for b in range(len(blocks)):
         if b == top:
             continue
@@ -1291,10 +1292,12 @@ def join_blocks(blocks, t):
         others_lo += blocks[b, 2]
         term = others * factor
         term_lo = fma(others, factor, -term) + (others * factor_lo + others_lo * factor)
-        total, total_lo = gather((total, total_lo), (term / k.exp_scale, term_lo / k.exp_scale))
+        below, below_lo = gather((below, below_lo), (term, term_lo))
         dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others) / k.exp_scale
         unscaled = factor / k.exp_scale
         squares += (k.one + blocks[b, 4]) * unscaled * unscaled
+    if finite(maximum):
+        total, total_lo = gather((total, total_lo), (below / k.exp_scale, below_lo / k.exp_scale))
     return maximum, total, total_lo, dot, squares
 
 

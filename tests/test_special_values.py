@@ -130,6 +130,17 @@ def test_subnormal_probabilities_are_kept(backend):
     assert pylogits.softmax(logits)[0, 1] == pytest.approx(4.199558e-322, abs=1e-323)
 
 
+def test_a_subnormal_loss_of_many_terms(backend, dtype):
+    """The terms of each block, far below the maximum in another one, may lose half of the smallest number only once."""
+    smallest, classes = np.finfo(dtype).smallest_subnormal, 300_000
+    logits = np.log(smallest.astype(np.longdouble)) - np.linspace(0, 4, classes)
+    logits = logits.astype(dtype)
+    logits[1] = 0
+    loss = np.exp(np.delete(logits, 1).astype(np.longdouble)).sum()
+    assert 1000 * smallest < loss < np.finfo(dtype).tiny
+    assert abs(sparse([1], logits[None])[0] - loss) <= smallest
+
+
 def test_masked_logits_count_for_nothing(backend, dtype, classes):
     for masked in (nan, inf, -inf, 1e30, 0):
         logits = np.full((2, classes), masked, dtype)
