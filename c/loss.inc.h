@@ -215,40 +215,124 @@ static void FN(write_nothing)(const struct pl_task *task, int64_t r, int64_t fir
   }
 }
 
-/* The loss of a row, with the part that begins it, and its gradient in blocks [first, last). */
+/* What a row is compared with. */
+struct FN(target) {
+  bool nothing;  /* ignored, or without classes */
+  int64_t label; /* -1 where there are probabilities, or outside */
+  struct FN(pair) dot, mass;
+};
+
+static struct FN(target)
+    FN(target_of)(const struct pl_task *task, int64_t r, const struct FN(slot) * slot, REAL max, int64_t *bad)
+{
+  const REAL *weight = task->losses.weight;
+  struct FN(target) target = {.nothing = slot->row.spread.count == 0, .label = -1};
+  if (!task->labels.data) {
+    if (!target.nothing) FN(dot_targets)(task, r, slot->x, max, slot, &target.dot, &target.mass);
+    return target;
+  }
+  const int64_t label = FN(label)(task, r, 0);
+  target.nothing |= FN(is_ignored)(task, r);
+  if (target.nothing) return target;
+  if (label < 0 || label >= task->classes) {
+    if (*bad == -1) *bad = FN(flat_label)(task, r, 0);
+    target.nothing = true;
+    return target;
+  }
+  target.label = label;
+  target.mass.hi = weight ? weight[label] : 1;
+  target.dot = FN(weigh_label)(slot->row.spread.target, target.mass.hi, max);
+  return target;
+}
+
+/* The gradient of a row in blocks [first, last), from its loss. */
+static void FN(write_gradient)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
+                               struct FN(temperature) t, const struct FN(slot) * slot, const struct FN(target) * target,
+                               const struct FN(loss) * loss)
+{
+  const int64_t label = target->label;
+  REAL term = 0;
+  if (target->nothing) {
+    FN(write_nothing)(task, r, first, last, slot->room);
+    return;
+  }
+  if (label >= 0)
+    term = task->classes <= BLOCK ? slot->e[label] : FN(term)(slot->row.spread.target, slot->blocks[label / BLOCK].max, t);
+  FN(write_slopes)(task, r, first, last, end, t, slot, loss, label, term);
+}
+
+/* The loss of a long row, with the part that begins it, and its gradient in blocks [first, last). */
 static int64_t FN(write_loss)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
                               struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
 {
+  int64_t bad = -1;
   const struct FN(options) options = FN(options_of)(task);
-  const struct FN(spread) *spread = &slot->row.spread;
-  const REAL *weight = task->losses.weight, max = slot->row.max;
-  const bool grad = task->losses.grad.data;
-  char *out = FN(row_at)(task, &task->out, r);
-  struct FN(pair) dot = {0, 0}, mass = {0, 0};
-  int64_t label = -1;
-  REAL label_term = 0;
-  if (spread->count == 0 || (task->labels.data && FN(is_ignored)(task, r))) {
-    if (first == 0) FN(store)(out, 0, task->out_dtype);
-    if (grad) FN(write_nothing)(task, r, first, last, slot->room);
-    return -1;
+  const struct FN(target) target = FN(target_of)(task, r, slot, slot->row.max, &bad);
+  const struct FN(loss) loss = FN(close_loss)(&options, slot->row.max, f, t, target.dot, target.mass, &slot->row.spread,
+                                              FN(of_row)(task->losses.sample_weight, r), FN(of_row)(task->losses.loss_grad, r));
+  if (first == 0) FN(store)(FN(row_at)(task, &task->out, r), target.nothing ? 0 : loss.value, task->out_dtype);
+  if (task->losses.grad.data) FN(write_gradient)(task, r, first, last, end, t, slot, &target, &loss);
+  return bad;
+}
+
+/* One number a row of LANES rows, side by side, so that what is made of them is made for all rows at once. */
+struct FN(losses) {
+  REAL counts[LANES]; /* of the classes; 0 for ignored rows */
+  REAL sample_weight[LANES], loss_grad[LANES];
+  REAL dot[LANES], dot_lo[LANES], mass[LANES], mass_lo[LANES];                           /* of the targets */
+  REAL even[LANES], even_lo[LANES], weights[LANES], weights_lo[LANES];                   /* the same of the class weights */
+  REAL value[LANES], factor[LANES], factor_lo[LANES], of_target[LANES], of_class[LANES]; /* struct loss */
+};
+
+static void FN(close_losses)(const struct pl_task *task, const REAL *max, const struct FN(closings) * f,
+                             struct FN(temperature) t, struct FN(losses) * losses)
+{
+  const struct FN(options) options = FN(options_of)(task);
+  for (int l = 0; l < LANES; l++) {
+    const struct FN(spread) spread = {.count = losses->counts[l],
+                                      .mass = {losses->weights[l], losses->weights_lo[l]},
+                                      .dot = {losses->even[l], losses->even_lo[l]}};
+    const struct FN(pair) dot = {losses->dot[l], losses->dot_lo[l]}, mass = {losses->mass[l], losses->mass_lo[l]};
+    const struct FN(loss) row = FN(close_loss)(&options, max[l], FN(closing_of)(f, l), t, dot, mass, &spread,
+                                               losses->sample_weight[l], losses->loss_grad[l]);
+    losses->value[l] = losses->counts[l] == 0 ? 0 : row.value;
+    losses->factor[l] = row.factor.hi;
+    losses->factor_lo[l] = row.factor.lo;
+    losses->of_target[l] = row.keep;
+    losses->of_class[l] = row.even;
   }
-  if (task->labels.data) {
-    label = FN(label)(task, r, 0);
-    const bool inside = label >= 0 && label < task->classes;
-    if (!inside) {
-      if (first == 0) FN(store)(out, NAN, task->out_dtype);
-      return FN(flat_label)(task, r, 0);
-    }
-    mass.hi = weight ? weight[label] : 1;
-    dot = FN(weigh_label)(spread->target, mass.hi, max);
-    if (grad)
-      label_term = task->classes <= BLOCK ? slot->e[label] : FN(term)(spread->target, slot->blocks[label / BLOCK].max, t);
-  } else {
-    FN(dot_targets)(task, r, slot->x, max, slot, &dot, &mass);
+}
+
+/* The same as write_loss for rows of one block. */
+static int64_t FN(write_short_losses)(const struct pl_task *task, int64_t r, int64_t rows, int64_t end,
+                                      struct FN(temperature) t, const struct FN(slot) * slots, const REAL *max,
+                                      const struct FN(closings) * f)
+{
+  struct FN(target) targets[LANES];
+  struct FN(losses) losses;
+  int64_t bad = -1;
+  for (int64_t l = 0; l < LANES; l++) {
+    const int64_t i = l < rows ? l : 0; /* missing rows are as the first */
+    const struct FN(spread) *spread = &slots[i].row.spread;
+    targets[l] = l < rows ? FN(target_of)(task, r + i, &slots[i], max[i], &bad) : targets[0];
+    losses.counts[l] = targets[l].nothing ? 0 : spread->count;
+    losses.sample_weight[l] = FN(of_row)(task->losses.sample_weight, r + i);
+    losses.loss_grad[l] = FN(of_row)(task->losses.loss_grad, r + i);
+    losses.dot[l] = targets[l].dot.hi;
+    losses.dot_lo[l] = targets[l].dot.lo;
+    losses.mass[l] = targets[l].mass.hi;
+    losses.mass_lo[l] = targets[l].mass.lo;
+    losses.even[l] = spread->dot.hi;
+    losses.even_lo[l] = spread->dot.lo;
+    losses.weights[l] = spread->mass.hi;
+    losses.weights_lo[l] = spread->mass.lo;
   }
-  const struct FN(loss) loss = FN(close_loss)(&options, max, f, t, dot, mass, spread, FN(of_row)(task->losses.sample_weight, r),
-                                              FN(of_row)(task->losses.loss_grad, r));
-  if (first == 0) FN(store)(out, loss.value, task->out_dtype);
-  if (grad) FN(write_slopes)(task, r, first, last, end, t, slot, &loss, label, label_term);
-  return -1;
+  FN(close_losses)(task, max, f, t, &losses);
+  FN(store_line)(task, r, rows, losses.value);
+  for (int64_t i = 0; task->losses.grad.data && i < rows; i++) {
+    const struct FN(loss)
+        loss = {losses.value[i], {losses.factor[i], losses.factor_lo[i]}, losses.of_target[i], losses.of_class[i]};
+    FN(write_gradient)(task, r + i, 0, 1, end, t, &slots[i], &targets[i], &loss);
+  }
+  return bad;
 }

@@ -366,6 +366,13 @@ INLINE struct FN(origin) FN(origin_at)(VEC max, struct FN(temperature) t)
   return o;
 }
 
+/* Neither infinite nor far from 0. */
+static inline bool FN(is_near)(REAL max, struct FN(temperature) t)
+{
+  const REAL scaled = max * t.inverse;
+  return scaled > -FAR && scaled < FAR;
+}
+
 static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 {
   const REAL scaled = max * t.inverse;
@@ -382,11 +389,11 @@ INLINE struct FN(parts) FN(parts_of)(VEC x, const struct FN(origin) * o)
   struct FN(parts) term;
   if (o->plain) {
     x = FN(vec_larger)(o->lowest, x); /* the second, where it is a NaN */
-    term.less_one = FN(exp_less_one)(x - o->center, x, -o->hi, -o->lo, false, &term.scale);
+    term.less_one = FN(exp_less_one)(x - o->center, x, -o->hi, -o->lo, &term.scale);
   } else {
     const VEC scaled = x * o->inverse, at = scaled - o->center, lowest = FN(vec_fill)(EXP_LOWEST);
     const VEC lo = FN(vec_fma)(x, o->inverse, -scaled) + FN(vec_fma)(x, o->inverse_lo, -o->lo);
-    term.less_one = FN(vec_unless_below)(FN(exp_less_one)(at, scaled, -o->hi, lo, true, &term.scale), at, lowest);
+    term.less_one = FN(vec_unless_below)(FN(exp_less_one)(at, scaled, -o->hi, lo, &term.scale), at, lowest);
     term.scale = FN(vec_unless_below)(term.scale, at, lowest);
   }
   term.value = FN(vec_fma)(term.less_one, term.scale, term.scale);
@@ -449,8 +456,26 @@ INLINE void FN(add_term)(VEC *sum, VEC *lo, struct FN(parts) term)
   *sum = total;
 }
 
-/* The terms of a group are added to the lanes, those of the maximum left out and counted. `keep` stores all terms in e. */
-INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep)
+/* The sum of origin - x over the lines of a group. */
+INLINE void FN(add_distance)(struct FN(lanes) * lanes, int v, const VEC *x, VEC origin)
+{
+  FN(add_line)(lanes, v, ((origin - x[0]) + (origin - x[1])) + ((origin - x[2]) + (origin - x[3])));
+}
+
+INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin)
+{
+  EACH_VEC(v)
+  {
+    VEC line[LINES_PER_GROUP];
+    for (int i = 0; i < LINES_PER_GROUP; i++) line[i] = FN(vec_load)(x + i * LANES + v);
+    FN(add_distance)(lanes, v / VEC_LANES, line, origin);
+  }
+}
+
+/* The terms of a group are added to the lanes, those of the maximum left out and counted. `keep` stores all terms in e;
+ * `distances`, unless it is NULL, gets those from the maximum. */
+INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep,
+                         struct FN(lanes) * distances)
 {
   int ones = 0;
   EACH_VEC(v)
@@ -462,6 +487,7 @@ INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const
       term[i] = FN(parts_of)(logits[i], o);
     }
     for (int i = 0; keep && i < LINES_PER_GROUP; i++) FN(vec_store)(e + i * LANES + v, term[i].value); /* e may be x */
+    if (distances) FN(add_distance)(distances, v / VEC_LANES, logits, o->max);
     const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
     const int line = v / VEC_LANES;
     if (__builtin_expect(FN(vec_count_equal)(top, o->max) != 0, 0)) {
@@ -542,18 +568,8 @@ static void FN(turn_lanes)(const void *lanes, int64_t stride, REAL (*turned)[LAN
 
 /* ---- distances, and numbers that are no exponentials ---- */
 
-INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin)
-{
-  EACH_VEC(v)
-  {
-    const VEC first = (origin - FN(vec_load)(x + v)) + (origin - FN(vec_load)(x + LANES + v));
-    const VEC second = (origin - FN(vec_load)(x + 2 * LANES + v)) + (origin - FN(vec_load)(x + 3 * LANES + v));
-    FN(add_line)(lanes, v / VEC_LANES, first + second);
-  }
-}
-
-/* The sum of origin - x over n elements as a pair. */
-static REAL FN(sum_distances)(const REAL *x, int64_t n, REAL origin, REAL *result_lo)
+/* The sums of origin - x over n elements, lane by lane. */
+static void FN(add_distances)(struct FN(lanes) * result, const REAL *x, int64_t n, REAL origin)
 {
   const VEC from = FN(vec_fill)(origin);
   const int64_t whole = n / GROUP * GROUP;
@@ -565,7 +581,7 @@ static REAL FN(sum_distances)(const REAL *x, int64_t n, REAL origin, REAL *resul
     FN(pad)(tail, x + whole, n - whole, from);
     FN(add_group_of)(&lanes, tail, from);
   }
-  return FN(join_lanes)(&lanes, result_lo);
+  *result = lanes;
 }
 
 /* The sum of n elements (whole groups) as a pair. */
@@ -587,25 +603,31 @@ static REAL FN(sum)(const REAL *e, int64_t n, REAL *result_lo)
 
 /* The terms of n elements; returns how often the maximum was met. */
 INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const struct FN(origin) * o, bool keep,
-                         const REAL *next, const REAL *to)
+                         const REAL *next, const REAL *to, struct FN(lanes) * distances)
 {
-  struct FN(lanes) lanes;
+  struct FN(lanes) lanes, apart;
   int ones = 0;
-  for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = FN(vec_fill)(0);
+  for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = apart.sum[v] = apart.lo[v] = FN(vec_fill)(0);
   const int64_t whole = n / GROUP * GROUP;
   for (int64_t c = 0; c < whole; c += GROUP) {
     for (int i = 0; i < LINES_PER_GROUP; i++) {
       __builtin_prefetch(next + c + i * LANES);
       if (keep) __builtin_prefetch(to + c + i * LANES, 1);
     }
-    ones += FN(add_group)(&lanes, x + c, e + c, o, keep);
+    ones += FN(add_group)(&lanes, x + c, e + c, o, keep, distances ? &apart : NULL);
   }
   if (whole < n) {
     REAL tail[GROUP];
     FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
-    ones += FN(add_group)(&lanes, tail, e + whole, o, keep);
+    if (distances) {
+      FN(pad)(tail, x + whole, n - whole, o->max);
+      FN(add_group_of)(&apart, tail, o->max);
+      FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
+    }
+    ones += FN(add_group)(&lanes, tail, e + whole, o, keep, NULL);
   }
   *result = lanes;
+  if (distances) *distances = apart;
   return ones;
 }
 
@@ -635,10 +657,14 @@ struct FN(block) {
 
 /* Steps 1 and 2, the maximum given; `keep` leaves exp(x - max) * EXP_SCALE in e, filled up to whole groups. */
 static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, int64_t n, REAL max, struct FN(temperature) t,
-                            const REAL *next, const REAL *to, bool keep)
+                            const REAL *next, const REAL *to, bool keep, struct FN(lanes) * distances)
 {
   block->max = max;
   block->ones = 1;
+  if (distances && !(FN(is_plain)(t) && FN(is_near)(max, t))) {
+    FN(add_distances)(distances, x, n, FN(finite)(max) ? max : 0);
+    distances = NULL;
+  }
   if (!FN(finite)(max)) {
     block->lanes.sum[0] = FN(vec_fill)(FN(nan_or_zero)(x, n));
     for (int64_t c = 0; keep && c < n; c++) e[c] = 0;
@@ -647,12 +673,17 @@ static void FN(start_block)(struct FN(block) * block, const REAL *x, REAL *e, in
   x = FN(come_near)(x, n, &max, t, e);
   struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max), t);
   if (!o.plain) {
-    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, keep, next, to);
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, keep, next, to, NULL);
     return;
   }
   o.plain = true; /* as the compiler now knows */
-  block->ones = keep ? FN(add_terms)(&block->lanes, x, e, n, &o, true, next, to)
-                     : FN(add_terms)(&block->lanes, x, e, n, &o, false, next, to);
+  if (distances) {
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, keep, next, to, distances);
+  } else if (keep) {
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, true, next, to, NULL);
+  } else {
+    block->ones = FN(add_terms)(&block->lanes, x, e, n, &o, false, next, to, NULL);
+  }
 }
 
 /* The terms alone of a block that went through the steps before. */
@@ -761,7 +792,14 @@ static int64_t FN(flat_label)(const struct pl_task *task, int64_t r, int64_t k)
   return ((r / task->inner) * task->picks + k) * task->inner + r % task->inner;
 }
 
-/* The numbers of a block that are no exponentials: see spread. `room` is lost. */
+/* Whether label smoothing gives every class the same. */
+static inline bool FN(spreads_evenly)(const struct pl_task *task)
+{
+  return task->losses.label_smoothing && !task->losses.weight && !task->where.data;
+}
+
+/* The numbers of a block that are no exponentials: see spread. `room` is lost. But where smoothing spreads evenly, the sum of
+ * the distances is made with the terms. */
 static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r, int64_t b, const REAL *x, REAL max, REAL *room)
 {
   struct FN(spread) s = {0};
@@ -787,7 +825,6 @@ static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r,
     s.mass.hi = FN(sum)(room, groups, &s.mass.lo);
     for (int64_t c = 0; c < n; c++) room[c] = room[c] == 0 ? 0 : room[c] * (origin - x[c]);
   } else if (!where) {
-    s.dot.hi = FN(sum_distances)(x, n, origin, &s.dot.lo);
     return s;
   } else {
     for (int64_t c = 0; c < n; c++) room[c] = origin - x[c];
@@ -903,6 +940,7 @@ static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_
 /* A row under way. x and e are its block, if it has one only. */
 struct FN(slot) {
   struct FN(block) block;
+  struct FN(lanes) distances; /* see spread_block */
   struct FN(row) row;
   const struct FN(row) * blocks; /* of a row that has several */
   REAL *terms;                   /* of all of them, where they are kept; else NULL */
@@ -938,25 +976,26 @@ static void FN(score_block)(const struct pl_task *task, int64_t b, struct FN(tem
   }
 }
 
-/* Whether rows go the common way: temperature 1, and maxima that are neither infinite nor large. */
+/* Whether rows go the common way: their maxima are neither infinite nor large. */
 static bool FN(all_near)(const REAL *max, int64_t rows, struct FN(temperature) t)
 {
-  bool near = FN(is_plain)(t);
-  for (int64_t i = 0; i < rows; i++) near &= max[i] > -FAR && max[i] < FAR;
+  bool near = true;
+  for (int64_t i = 0; i < rows; i++) near &= FN(is_near)(max[i], t);
   return near;
 }
 
 /* Steps 1 and 2 of such rows, in one loop for all: the constants stay in registers. */
 INLINE void FN(start_near_rows)(struct FN(slot) * slots, int64_t rows, int64_t n, const REAL *max, struct FN(temperature) t,
-                                const REAL *const *next, const REAL *const *to, bool keep)
+                                const REAL *const *next, const REAL *const *to, bool plain, bool keep, bool spreading)
 {
   for (int64_t i = 0; i < rows; i++) {
     struct FN(block) *block = &slots[i].block;
     const REAL *x = slots[i].x;
     struct FN(origin) o = FN(origin_at)(FN(vec_fill)(max[i]), t);
-    o.plain = true; /* as the compiler now knows */
+    o.plain = plain; /* as the compiler now knows */
     block->max = max[i];
-    block->ones = FN(add_terms)(&block->lanes, x, slots[i].e, n, &o, keep, next[i], to[i]);
+    block->ones =
+        FN(add_terms)(&block->lanes, x, slots[i].e, n, &o, keep, next[i], to[i], spreading ? &slots[i].distances : NULL);
   }
 }
 
@@ -980,16 +1019,35 @@ static void FN(maxima)(const struct FN(slot) * slots, int64_t rows, int64_t n, R
   memcpy(max, turned[0], sizeof turned[0]);
 }
 
+/* join_lanes of LANES rows, of which the first slot's lanes are given. */
+static void FN(join_rows)(const struct FN(lanes) * lanes, REAL *sum, REAL *sum_lo)
+{
+  struct FN(tree) tree;
+  FN(turn_lanes)(lanes->sum, sizeof(struct FN(slot)), tree.sum);
+  FN(turn_lanes)(lanes->lo, sizeof(struct FN(slot)), tree.lo);
+  FN(join_tree)(&tree, LANES, sum, sum_lo);
+}
+
+static void FN(join_distances)(struct FN(slot) * slots, int64_t rows)
+{
+  REAL sum[LANES], sum_lo[LANES];
+  if (rows < MANY) {
+    for (int64_t i = 0; i < rows; i++)
+      slots[i].row.spread.dot.hi = FN(join_lanes)(&slots[i].distances, &slots[i].row.spread.dot.lo);
+    return;
+  }
+  for (int64_t i = rows; i < LANES; i++) slots[i].distances = slots[0].distances;
+  FN(join_rows)(&slots->distances, sum, sum_lo);
+  for (int64_t i = 0; i < rows; i++) slots[i].row.spread.dot = (struct FN(pair)){sum[i], sum_lo[i]};
+}
+
 /* Step 3 of rows that went the common way. */
 static void FN(finish_near_rows)(struct FN(slot) * slots, int64_t rows)
 {
-  struct FN(tree) tree;
   REAL ones[LANES], sum[LANES], sum_lo[LANES];
   for (int64_t i = rows; i < LANES; i++) slots[i].block = slots[0].block;
   for (int64_t i = 0; i < LANES; i++) ones[i] = (REAL)slots[i].block.ones;
-  FN(turn_lanes)(slots->block.lanes.sum, sizeof *slots, tree.sum);
-  FN(turn_lanes)(slots->block.lanes.lo, sizeof *slots, tree.lo);
-  FN(join_tree)(&tree, LANES, sum, sum_lo);
+  FN(join_rows)(&slots->block.lanes, sum, sum_lo);
   for (int l = 0; l < LANES; l++) sum[l] = FN(add_ones)(sum[l], sum_lo[l], ones[l], &sum_lo[l]);
   for (int64_t i = 0; i < rows; i++) {
     slots[i].row.max = slots[i].block.max;
@@ -1008,6 +1066,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   const bool scoring = task->operation == PL_SCORE;
   const bool keep = whole || scoring; /* by log_softmax for the sake of `to` */
   const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
+  const bool plain = FN(is_plain)(t), spreading = FN(spreads_evenly)(task);
   REAL max[LANES];
   const REAL *next[LANES], *to[LANES];
   for (int64_t i = 0; i < rows; i++) {
@@ -1023,14 +1082,19 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
       slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
   const bool near = FN(all_near)(max, rows, t);
-  if (!near) {
-    for (int64_t i = 0; i < rows; i++)
-      FN(start_block)(&slots[i].block, slots[i].x, slots[i].e, n, max[i], t, next[i], to[i], keep);
+  if (!near || (spreading && !plain)) {
+    for (int64_t i = 0; i < rows; i++) FN(start_block)
+    (&slots[i].block, slots[i].x, slots[i].e, n, max[i], t, next[i], to[i], keep, spreading ? &slots[i].distances : NULL);
+  } else if (!plain) {
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, false, keep, false);
+  } else if (spreading) {
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, true, keep, true);
   } else if (keep) {
-    FN(start_near_rows)(slots, rows, n, max, t, next, to, true);
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, true, true, false);
   } else {
-    FN(start_near_rows)(slots, rows, n, max, t, next, to, false);
+    FN(start_near_rows)(slots, rows, n, max, t, next, to, true, false, false);
   }
+  if (spreading) FN(join_distances)(slots, rows);
   if (near && rows >= MANY) {
     FN(finish_near_rows)(slots, rows);
   } else {
@@ -1043,6 +1107,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
                               struct FN(temperature) t, struct FN(slot) * slot, struct FN(row) * blocks)
 {
+  const bool spreading = FN(spreads_evenly)(task);
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
     const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
@@ -1053,7 +1118,8 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
     slot->x = FN(stage)(task, r, b * BLOCK, n, slot->room, NULL);
     const REAL max = FN(maximum)(slot->x, n);
     if (task->operation == PL_CROSS_ENTROPY) slot->row.spread = FN(spread_block)(task, r, b, slot->x, max, slot->first);
-    FN(start_block)(&slot->block, slot->x, e, n, max, t, next, to, keep);
+    FN(start_block)(&slot->block, slot->x, e, n, max, t, next, to, keep, spreading ? &slot->distances : NULL);
+    if (spreading) FN(join_distances)(slot, 1);
     if (kept && e != kept) memcpy(kept, e, (size_t)n * sizeof(REAL));
     FN(finish_block)(&slot->block, &slot->row);
     if (task->operation == PL_SCORE) FN(score_block)(task, b, t, slot);

@@ -176,6 +176,11 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
       sum_lo[i] = slots[i].row.sum_lo;
     }
     FN(close_rows)(task->operation, max, sum, sum_lo, &f);
+    if (blocks == 1 && task->operation == PL_CROSS_ENTROPY) {
+      const int64_t found = FN(write_short_losses)(task, r, rows, end, t, slots, max, &f);
+      if (bad == -1) bad = found;
+      continue;
+    }
     if (blocks == 1 && FN(write_short_rows)(task, r, rows, slots, max, sum, &f, t, &bad)) continue;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t found = FN(write)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));

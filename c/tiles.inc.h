@@ -165,13 +165,24 @@ static void FN(store_tile)(const struct pl_task *task, const struct pl_view *vie
 }
 
 /* Masked elements become `fill`. */
+/* Whether all rows have the same mask. */
+static inline bool FN(masked_by_class)(const struct pl_task *task)
+{
+  return task->where.outer == 0 && (task->inner == 1 || task->where.inner == 0);
+}
+
 static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, REAL *x, REAL fill)
 {
   if (!task->where.data) return;
+  if (FN(masked_by_class)(task)) {
+    const char *where = task->where.data;
+    for (int64_t c = 0; c < task->classes; c++)
+      if (!where[c * task->where.classes]) EACH_VEC(v) FN(vec_store)(x + c * LANES + v, FN(vec_fill)(fill));
+    return;
+  }
   for (int64_t l = 0; l < rows; l++) {
     const char *where = FN(row_at)(task, &task->where, r + l);
-    for (int64_t c = 0; c < task->classes; c++)
-      if (!where[c * task->where.classes]) x[c * LANES + l] = fill;
+    for (int64_t c = 0; c < task->classes; c++) x[c * LANES + l] = where[c * task->where.classes] ? x[c * LANES + l] : fill;
   }
 }
 
@@ -307,18 +318,6 @@ static void FN(spoil_tile)(const REAL *x, int64_t classes, const REAL *max, REAL
   }
 }
 
-/* PL_CROSS_ENTROPY, see loss.inc.h: one number a row, side by side, so that what is made of them is made for all rows at once.
- */
-struct FN(loss_tile) {
-  int64_t label[LANES];
-  REAL counts[LANES]; /* of the classes; 0 for ignored rows */
-  REAL sample_weight[LANES], loss_grad[LANES];
-  REAL target[LANES];                                                  /* the label's term, then its gradient */
-  REAL dot[LANES], dot_lo[LANES], mass[LANES], mass_lo[LANES];         /* of the targets */
-  REAL even[LANES], even_lo[LANES], weights[LANES], weights_lo[LANES]; /* the same of the class weights */
-  REAL value[LANES], factor[LANES], factor_lo[LANES], of_target[LANES], of_class[LANES]; /* struct loss */
-};
-
 /* A tile under way. */
 struct FN(tile) {
   int64_t r, rows;
@@ -327,7 +326,9 @@ struct FN(tile) {
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
-  struct FN(loss_tile) loss;
+  struct FN(losses) loss; /* PL_CROSS_ENTROPY; and the rows' labels, and their terms, then their gradients */
+  int64_t label[LANES];
+  REAL target[LANES];
 };
 
 static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
@@ -586,15 +587,16 @@ static void FN(load_target_tile)(const struct pl_task *task, const struct FN(til
 /* The rows' labels, class counts and weights; returns the first label that is outside [0, classes) and not ignored, or -1. */
 static int64_t FN(look_at_rows)(const struct pl_task *task, struct FN(tile) * tile)
 {
-  struct FN(loss_tile) *loss = &tile->loss;
-  int64_t bad = -1;
+  struct FN(losses) *loss = &tile->loss;
+  int64_t bad = -1, kept = task->classes;
   for (int64_t l = 0; l < LANES; l++) {
     const int64_t r = tile->r + (l < tile->rows ? l : 0); /* missing rows are as the first */
     const char *where = FN(row_at)(task, &task->where, r);
-    int64_t count = where ? FN(count_classes)(where, task->where.classes, task->classes) : task->classes;
+    if (where && (l == 0 || !FN(masked_by_class)(task))) kept = FN(count_classes)(where, task->where.classes, task->classes);
+    int64_t count = kept;
     loss->sample_weight[l] = FN(of_row)(task->losses.sample_weight, r);
     loss->loss_grad[l] = FN(of_row)(task->losses.loss_grad, r);
-    loss->label[l] = 0;
+    tile->label[l] = 0;
     if (task->labels.data) {
       const int64_t label = FN(label)(task, r, 0);
       if (FN(is_ignored)(task, r)) {
@@ -602,7 +604,7 @@ static int64_t FN(look_at_rows)(const struct pl_task *task, struct FN(tile) * ti
       } else if (label < 0 || label >= task->classes) {
         if (bad == -1) bad = FN(flat_label)(task, r, 0);
       } else {
-        loss->label[l] = label;
+        tile->label[l] = label;
       }
     }
     loss->counts[l] = (REAL)count;
@@ -616,12 +618,20 @@ static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
   const int64_t classes = task->classes, size = classes * LANES;
   const REAL *x = tile->x, *weight = task->losses.weight;
   REAL *q = tile->q, *products = tile->other;
-  struct FN(loss_tile) *loss = &tile->loss;
+  struct FN(losses) *loss = &tile->loss;
   REAL origin[LANES], low[LANES], low_lo[LANES];
-  if (task->losses.label_smoothing) {
+  for (int l = 0; l < LANES; l++) origin[l] = FN(finite)(tile->max[l]) ? tile->max[l] : 0;
+  if (FN(spreads_evenly)(task)) {
+    for (int l = 0; l < LANES; l++) {
+      loss->weights[l] = (REAL)classes;
+      loss->weights_lo[l] = 0;
+    }
+    for (int64_t c = 0; c < size; c += LANES)
+      EACH_VEC(v) FN(vec_store)(products + c + v, FN(vec_load)(origin + v) - FN(vec_load)(x + c + v));
+    FN(sum_tile)(products, classes, loss->even, loss->even_lo);
+  } else if (task->losses.label_smoothing) {
     FN(weigh_classes)(task, tile, q);
     FN(sum_tile)(q, classes, loss->weights, loss->weights_lo);
-    for (int l = 0; l < LANES; l++) origin[l] = FN(finite)(tile->max[l]) ? tile->max[l] : 0;
     for (int64_t c = 0; c < size; c += LANES) {
       EACH_VEC(v)
       {
@@ -654,31 +664,13 @@ static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
     return;
   }
   for (int64_t l = 0; l < LANES; l++) {
-    loss->target[l] = x[loss->label[l] * LANES + l];
-    loss->mass[l] = weight ? weight[loss->label[l]] : 1;
+    tile->target[l] = x[tile->label[l] * LANES + l];
+    loss->mass[l] = weight ? weight[tile->label[l]] : 1;
     loss->mass_lo[l] = 0;
   }
   for (int l = 0; l < LANES; l++) {
     loss->dot_lo[l] = loss->mass[l];
-    loss->dot[l] = FN(weigh)(loss->target[l], &loss->dot_lo[l], tile->max[l]);
-  }
-}
-
-static void FN(close_loss_tile)(const struct pl_task *task, struct FN(tile) * tile, struct FN(temperature) t)
-{
-  const struct FN(options) options = FN(options_of)(task);
-  struct FN(loss_tile) *loss = &tile->loss;
-  for (int l = 0; l < LANES; l++) {
-    const struct FN(spread) spread = {
-        .count = loss->counts[l], .mass = {loss->weights[l], loss->weights_lo[l]}, .dot = {loss->even[l], loss->even_lo[l]}};
-    const struct FN(pair) dot = {loss->dot[l], loss->dot_lo[l]}, mass = {loss->mass[l], loss->mass_lo[l]};
-    const struct FN(loss) row = FN(close_loss)(&options, tile->max[l], FN(closing_of)(&tile->f, l), t, dot, mass, &spread,
-                                               loss->sample_weight[l], loss->loss_grad[l]);
-    loss->value[l] = loss->counts[l] == 0 ? 0 : row.value;
-    loss->factor[l] = row.factor.hi;
-    loss->factor_lo[l] = row.factor.lo;
-    loss->of_target[l] = row.keep;
-    loss->of_class[l] = row.even;
+    loss->dot[l] = FN(weigh)(tile->target[l], &loss->dot_lo[l], tile->max[l]);
   }
 }
 
@@ -687,14 +679,14 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
 {
   const int64_t classes = task->classes, size = classes * LANES;
   const REAL *weight = task->losses.weight;
-  struct FN(loss_tile) *loss = &tile->loss;
+  struct FN(losses) *loss = &tile->loss;
   REAL *x = tile->x, *q = tile->q, *slopes = tile->other;
   const bool soft = !task->labels.data;
   if (soft) FN(load_target_tile)(task, tile, q);
-  for (int64_t l = 0; l < LANES; l++) loss->target[l] = x[loss->label[l] * LANES + l];
+  for (int64_t l = 0; l < LANES; l++) tile->target[l] = x[tile->label[l] * LANES + l];
   for (int l = 0; l < LANES; l++) { /* mass is the label's weight */
-    const REAL term = loss->target[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
-    loss->target[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
+    const REAL term = tile->target[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
+    tile->target[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
   }
   for (int64_t c = 0; c < classes; c++) {
     const VEC of_class = FN(vec_fill)(weight ? weight[c] : 1), zero = FN(vec_fill)(0), one = FN(vec_fill)(1);
@@ -712,7 +704,7 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
       FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, -minus)) * drop);
     }
   }
-  for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = loss->target[l];
+  for (int64_t l = 0; !soft && l < LANES; l++) x[tile->label[l] * LANES + l] = tile->target[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
     FN(cap)(task, slopes, NULL, slopes, size);
@@ -788,7 +780,7 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
   for (int64_t i = 0; i < count; i++) FN(close_rows)(task->operation, tiles[i].max, tiles[i].sum, tiles[i].sum_lo, &tiles[i].f);
   for (int64_t i = 0; i < count; i++) {
     if (loss) {
-      FN(close_loss_tile)(task, &tiles[i], t);
+      FN(close_losses)(task, tiles[i].max, &tiles[i].f, t, &tiles[i].loss);
       if (whole) FN(write_slope_tile)(task, &tiles[i]);
       FN(store_line)(task, tiles[i].r, tiles[i].rows, tiles[i].loss.value);
     } else {
