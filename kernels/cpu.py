@@ -1291,7 +1291,7 @@ def join_blocks(blocks, t):
         dot += k.zero if factor == k.zero else factor * (blocks[b, 3] - distance * others) / k.exp_scale
         unscaled = factor / k.exp_scale
         squares += (k.one + blocks[b, 4]) * unscaled * unscaled
-    if finite(maximum):
+    if len(blocks) > 1 and finite(maximum):
         total, total_lo = gather((total, total_lo), (below / k.exp_scale, below_lo / k.exp_scale))
     return maximum, total, total_lo, dot, squares
 
