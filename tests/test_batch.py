@@ -636,11 +636,11 @@ def test_pairs_in_bounded_memory(monkeypatch):
     for rows in np.split(np.arange(2000), 20):
         logits = np.eye(30)[predictions[rows]] * 9
         counted.add("logits", *score_with_brier(logits, targets[rows], -1, 1, 1.0), targets[rows])
-    assert len(counted.pairs) <= 10
+    assert len(counted.pairs.counts()[0]) <= 10
     rows, target, prediction = counted.confusions(1)[0]
     exact = int(((targets == 5) & (predictions == 7)).sum())
     assert (target, prediction) == (5, 7)
-    assert exact - counted.pairs_error <= rows <= exact
+    assert exact - counted.pairs.error <= rows <= exact
 
 
 # ---- the temperature ----

@@ -36,6 +36,9 @@ T = TypeVar("T")
 # Calls a function with every part and gives the results in the parts' order: here, or on a cluster.
 Each = Callable[[Callable[["Part"], T], list["Part"]], Iterable[T]]
 
+# The targets of a chunk, its scores, and its Brier scores.
+Scored = tuple[Array | None, pylogits.Scores, Array | None]
+
 # Is called with numbers of rows that are done.
 Done = Callable[[int], None]
 
@@ -45,6 +48,9 @@ TARGET_COLUMNS = ("loss", "correct")
 
 # Chunks under way at a time, each in memory, however many cores there are.
 THREADS = 8
+
+# Of scores that are counted and written together: of long rows, each chunk has so few that calls would take most of the time.
+GATHERED_BYTES = 2**20
 
 # A fitted temperature lies between 2 to this power and its inverse.
 TEMPERATURES = 10
@@ -139,17 +145,45 @@ def score_chunks(part: Part, options: Options, metrics: Metrics, done: Done) -> 
     """Score a part's rows, chunk by chunk, and count them."""
     with open_part(part, options) as (logits, targets):
         rows = ((chunk, None if targets is None else targets.take(len(chunk))) for chunk in logits.chunks(1))
-        for labels, scores, brier in beside(partial(score_rows, part, options), rows):
+        for labels, scores, brier in gathered(scored(rows, part, options, done)):
             metrics.add(part.name, scores, brier, labels)
-            done(len(scores.prediction))
             yield to_columns(scores, options.columns)
         if targets is not None:
             targets.finish()
 
 
-def score_rows(
-    part: Part, options: Options, rows: tuple[Array, Array | None]
-) -> tuple[Array | None, pylogits.Scores, Array | None]:
+def scored(rows: Iterator[tuple[Array, Array | None]], part: Part, options: Options, done: Done) -> Iterator[Scored]:
+    """Score chunks of a part's rows, several at a time, and say how far it is."""
+    for result in beside(partial(score_rows, part, options), rows):
+        done(len(result[1].prediction))
+        yield result
+
+
+def gathered(results: Iterator[Scored]) -> Iterator[Scored]:
+    """Join results until they have GATHERED_BYTES."""
+    waiting: list[Scored] = []
+    size = 0
+    for result in results:
+        waiting.append(result)
+        size += sum(array.nbytes for array in result[1] if array is not None)
+        if size >= GATHERED_BYTES:
+            yield joined(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield joined(waiting)
+
+
+def joined(results: list[Scored]) -> Scored:
+    """Return the results of some chunks as those of one."""
+
+    def join(arrays: tuple[Any, ...]) -> Any:
+        return arrays[0] if len(arrays) == 1 or arrays[0] is None else np.concatenate(arrays)
+
+    labels, scores, brier = zip(*results, strict=True)
+    return join(labels), pylogits.Scores(*map(join, zip(*scores, strict=True))), join(brier)
+
+
+def score_rows(part: Part, options: Options, rows: tuple[Array, Array | None]) -> Scored:
     """Score a chunk of a part's rows in this thread: the targets, the scores and the Brier scores."""
     logits, targets = rows
     try:

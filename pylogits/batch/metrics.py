@@ -32,12 +32,43 @@ def tally(numbers: Array, bound: int) -> tuple[Array, Array]:
     return there, counts[there]
 
 
-class Metrics:
-    """Sums over scored rows.
+class Pairs:
+    """Rows by pair of a target and a wrong prediction, each a number.
 
-    The counts of pairs of a target and a wrong prediction are exact up to PAIRS different pairs. Beyond, the rarest are
-    dropped and the others are too low by at most `pairs_error` (Misra and Gries 1982, Agarwal et al. 2012).
+    They are exact up to PAIRS different pairs. Beyond, the rarest are dropped and the others are too low by at most `error`
+    (Misra and Gries 1982, Agarwal et al. 2012).
     """
+
+    def __init__(self) -> None:
+        self.error = 0
+        self._added: list[tuple[Array, Array]] = []  # joined when there are many: one by one would take most of the time
+        self._size = 0
+
+    def add(self, numbers: Array, rows: Array) -> None:
+        """Count rows of some pairs."""
+        self._added.append((numbers, rows))
+        self._size += len(numbers)
+        if self._size > 2 * PAIRS:
+            self.counts()
+
+    def counts(self) -> tuple[Array, Array]:
+        """Return the pairs, ascending, and the rows of each."""
+        if not self._added:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        if len(self._added) > 1 or self._size > PAIRS:
+            added, added_rows = map(np.concatenate, zip(*self._added, strict=True))
+            numbers, places = np.unique(added, return_inverse=True)
+            rows = np.bincount(places, added_rows).astype(np.int64)
+            if len(rows) > PAIRS:
+                rarest = int(np.partition(rows, -PAIRS - 1)[-PAIRS - 1])
+                numbers, rows = numbers[rows > rarest], rows[rows > rarest] - rarest
+                self.error += rarest
+            self._added, self._size = [(numbers, rows)], len(numbers)
+        return self._added[0]
+
+
+class Metrics:
+    """Sums over scored rows."""
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -54,8 +85,7 @@ class Metrics:
         self.prediction_rows = np.zeros(classes, np.int64)
         self.target_rows = np.zeros(classes, np.int64)
         self.correct_rows = np.zeros(classes, np.int64)
-        self.pairs: dict[int, int] = {}  # rows by target * classes + prediction
-        self.pairs_error = 0
+        self.pairs = Pairs()  # by target * classes + prediction
         self.worst: list[tuple[float, str, int, int, int, float]] = []  # loss, file, row, target, prediction, confidence
 
     def add(self, name: str, scores: pylogits.Scores, brier: Array | None, targets: Array | None) -> None:
@@ -88,7 +118,7 @@ class Metrics:
         correct = target == predicted
         np.add.at(self.target_rows, target, rows)
         self.correct_rows[target[correct]] += rows[correct]
-        self._add_pairs(dict(zip(pairs[~correct].tolist(), rows[~correct].tolist(), strict=True)))
+        self.pairs.add(pairs[~correct], rows[~correct])
         # The chunk's largest, and of equal ones the first; sorting all of them would take most of the time.
         candidates = numbers
         if len(self.worst) == WORST:
@@ -102,14 +132,6 @@ class Metrics:
             for i in candidates
         )
 
-    def _add_pairs(self, pairs: dict[int, int]) -> None:
-        for pair, rows in pairs.items():
-            self.pairs[pair] = self.pairs.get(pair, 0) + rows
-        if len(self.pairs) > PAIRS:
-            rarest = sorted(self.pairs.values())[-PAIRS - 1]
-            self.pairs = {pair: rows - rarest for pair, rows in self.pairs.items() if rows > rarest}
-            self.pairs_error += rarest
-
     def _add_worst(self, worst: Any) -> None:
         self.worst = sorted([*self.worst, *worst], key=lambda row: -row[0])[:WORST]
 
@@ -118,7 +140,8 @@ class Metrics:
         for name, value in vars(other).items():
             if name not in ("classes", "pairs", "worst"):
                 setattr(self, name, getattr(self, name) + value)
-        self._add_pairs(other.pairs)
+        self.pairs.add(*other.pairs.counts())
+        self.pairs.error += other.pairs.error
         self._add_worst(other.worst)
         return self
 
@@ -129,8 +152,8 @@ class Metrics:
             if isinstance(value, np.ndarray):
                 where = np.flatnonzero(value)
                 table[name] = [where.tolist(), value[where].tolist()]
-            elif isinstance(value, dict):
-                table[name] = [list(value), list(value.values())]
+            elif isinstance(value, Pairs):
+                table[name] = [*(array.tolist() for array in value.counts()), value.error]
             else:
                 table[name] = value
         return table
@@ -143,8 +166,9 @@ class Metrics:
             old = getattr(metrics, name)
             if isinstance(old, np.ndarray):
                 old[value[0]] = value[1]
-            elif isinstance(old, dict):
-                old.update(zip(*value, strict=True))
+            elif isinstance(old, Pairs):
+                old.add(np.array(value[0], np.int64), np.array(value[1], np.int64))
+                old.error = value[2]
             else:
                 setattr(metrics, name, value)
         metrics.worst = [tuple(row) for row in table["worst"]]
@@ -181,5 +205,6 @@ class Metrics:
 
     def confusions(self, count: int) -> list[tuple[int, int, int]]:
         """Return the commonest pairs: rows, target, wrong prediction."""
-        commonest = sorted(self.pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:count]
-        return [(rows, *divmod(pair, self.classes)) for pair, rows in commonest]
+        numbers, rows = self.pairs.counts()
+        commonest = np.argsort(-rows, kind="stable")[:count]
+        return [(int(rows[i]), *divmod(int(numbers[i]), self.classes)) for i in commonest]

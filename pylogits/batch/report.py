@@ -137,7 +137,7 @@ def html_table(title: str, head: Iterable[str], rows: Iterable[Iterable[object]]
 def confusion_table(metrics: Metrics) -> str:
     """List the commonest mistakes."""
     rows = [(target, prediction, count) for count, target, prediction in metrics.confusions(20)]
-    error = metrics.pairs_error
+    error = metrics.pairs.error
     caption = f"Counted in bounded memory: each may be too low by up to {error}." if error else ""
     return html_table("Commonest confusions", ("target", "prediction", "rows"), rows, caption)
 
