@@ -112,6 +112,10 @@ bench-dispatch: $(VENV)/installed  ## how often the dispatcher's choice is the f
 bench-cold: $(VENV)/installed  ## what a new process waits for: the import, the first call of each backend
 	$(BIN)/python bench/cold.py
 
+.PHONY: bench-job
+bench-job: $(VENV)/installed  ## how fast a job scores files, beside reading them (files of 3 GB)
+	$(BIN)/python bench/job.py
+
 .PHONY: accuracy
 accuracy: $(VENV)/installed  ## worst errors in ulp against extended precision, beside the peers that are installed
 	$(BIN)/python bench/accuracy.py
