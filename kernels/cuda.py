@@ -232,13 +232,16 @@ def exp_scaled(k, hi, lo):
 @device
 def exp_pair(k, hi, lo):
     """exp(hi + lo) * EXP_SCALE with twice the digits, for hi <= 0."""
-    r, square, shifted = reduce(k, hi, lo)
-    s, r_lo = two_sum(r, mul(exp_tail(k, r, square), square))
+    shifted = reduce(k, hi, lo)[2]
+    n = shifted - k.round_shift
+    r, r_lo = two_sum(cuda.fma(n, -k.ln2_hi, hi), cuda.fma(n, -k.ln2_lo, lo))
+    square = mul(r, r)
+    s, s_lo = two_sum(r, mul(exp_tail(k, r, square), square))
     total, total_lo = fast_two_sum(k.one, s)
     scale = scale_of(shifted)
     if hi < k.exp_lowest:
         return k.zero, k.zero
-    return total * scale, (total_lo + r_lo) * scale
+    return total * scale, (total_lo + (s_lo + r_lo)) * scale
 
 
 @device
