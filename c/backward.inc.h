@@ -13,7 +13,7 @@ INLINE VEC FN(log_softmax_slope)(VEC log_p, VEC g, VEC sum, VEC sum_lo)
   const VEC zero = FN(vec_fill)(0), unscale = FN(vec_fill)(-1 / EXP_SCALE);
   const VEC at = log_p - FN(vec_fill)(EXP_CENTER);
   VEC scale;
-  const VEC less_one = FN(exp_less_one)(at, log_p, zero, zero, &scale);
+  const VEC less_one = FN(exp_less_one)(at, log_p, zero, zero, false, &scale);
   const VEC p = FN(vec_unless_below)(FN(vec_fma)(less_one, scale, scale), at, FN(vec_fill)(EXP_LOWEST));
   return FN(vec_fma)(p, sum * unscale, FN(vec_fma)(p, sum_lo * unscale, g));
 }

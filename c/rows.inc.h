@@ -389,11 +389,11 @@ INLINE struct FN(parts) FN(parts_of)(VEC x, const struct FN(origin) * o)
   struct FN(parts) term;
   if (o->plain) {
     x = FN(vec_larger)(o->lowest, x); /* the second, where it is a NaN */
-    term.less_one = FN(exp_less_one)(x - o->center, x, -o->hi, -o->lo, &term.scale);
+    term.less_one = FN(exp_less_one)(x - o->center, x, -o->hi, -o->lo, false, &term.scale);
   } else {
     const VEC scaled = x * o->inverse, at = scaled - o->center, lowest = FN(vec_fill)(EXP_LOWEST);
     const VEC lo = FN(vec_fma)(x, o->inverse, -scaled) + FN(vec_fma)(x, o->inverse_lo, -o->lo);
-    term.less_one = FN(vec_unless_below)(FN(exp_less_one)(at, scaled, -o->hi, lo, &term.scale), at, lowest);
+    term.less_one = FN(vec_unless_below)(FN(exp_less_one)(at, scaled, -o->hi, lo, true, &term.scale), at, lowest);
     term.scale = FN(vec_unless_below)(term.scale, at, lowest);
   }
   term.value = FN(vec_fma)(term.less_one, term.scale, term.scale);

@@ -737,15 +737,17 @@ def exponent(x, maximum, inverse, inverse_lo):
 
 
 @inlined
-def exp_less_one(at, a, b, lo):
+def exp_less_one(at, a, b, lo, careful):
     """What makes scale * (1 + less_one), and scale: exp(a + b + lo) * EXP_SCALE, `at` near a + b + lo - EXP_CENTER and not
     below EXP_LOWEST."""
     k = constants(at)
     shifted = fma(at, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
-    r = (a + fma(n, -k.ln2_hi, b)) + fma(n, -k.ln2_lo, lo)
+    high, low = a + fma(n, -k.ln2_hi, b), fma(n, -k.ln2_lo, lo)
+    r = high + low
     square = r * r
-    return fma(polynomial_by_pairs(r, square, k.exp_tail), square, r), scale_of(shifted)
+    q = polynomial_by_pairs(r, square, k.exp_tail)
+    return high + fma(q, square, low) if careful else fma(q, square, r), scale_of(shifted)
 
 
 @inlined
@@ -861,7 +863,7 @@ def parts_of(x, maximum, t):
     if t is None:
         high = (maximum + k.grid) - k.grid
         x = larger(maximum + k.exp_lowest, x)
-        less_one, scale = exp_less_one(x - (maximum + k.exp_center), x, -high, -(maximum - high))
+        less_one, scale = exp_less_one(x - (maximum + k.exp_center), x, -high, -(maximum - high), False)
         return fma(less_one, scale, scale), less_one, scale
     scaled = maximum * t[0]
     high = (scaled + k.grid) - k.grid
@@ -869,7 +871,7 @@ def parts_of(x, maximum, t):
     quotient = x * t[0]
     at = quotient - (scaled + k.exp_center)
     quotient_lo = fma(x, t[0], -quotient) + fma(x, t[1], -low)
-    less_one, scale = exp_less_one(at, quotient, -high, quotient_lo)
+    less_one, scale = exp_less_one(at, quotient, -high, quotient_lo, True)
     less_one, scale = select(at < k.exp_lowest, k.zero, less_one), select(at < k.exp_lowest, k.zero, scale)
     return fma(less_one, scale, scale), less_one, scale
 
@@ -2834,7 +2836,7 @@ def slope_of(log, p, g, total):
     k = constants(p)
     if log:
         at = p - k.exp_center
-        less_one, scale = exp_less_one(at, p, k.zero, k.zero)
+        less_one, scale = exp_less_one(at, p, k.zero, k.zero, False)
         p = select(at < k.exp_lowest, k.zero, fma(less_one, scale, scale))
         unscale = -k.one / k.exp_scale
         return fma(p, total[0] * unscale, fma(p, total[1] * unscale, g))
