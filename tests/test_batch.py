@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 def small_chunks(monkeypatch):
     """Chunks of three rows of four float32 logits."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
+    monkeypatch.setattr(job, "GATHERED_BYTES", 300)
 
 
 def score(*arguments):

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 def small_chunks(monkeypatch):
     """Chunks of two rows of three float64 logits."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 48)
+    monkeypatch.setattr(job, "GATHERED_BYTES", 300)
 
 
 def read(path):
@@ -176,6 +177,7 @@ def test_row_wider_than_a_chunk(monkeypatch):
 def test_row_groups_span_chunks(monkeypatch):
     """Chunks hold 8 rows, whose columns are far smaller than their logits: few groups result."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 8 * 100 * 8)
+    monkeypatch.setattr(job, "GATHERED_BYTES", 8 * 100 * 4)
     monkeypatch.setattr(writers, "GROUP_BYTES", 8 * 100 * 8)
     score(np.random.default_rng(0).normal(size=(1000, 100)), out="out.parquet")
     metadata = pq.read_metadata("out.parquet")
