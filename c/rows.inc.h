@@ -375,8 +375,7 @@ static inline bool FN(is_near)(REAL max, struct FN(temperature) t)
 
 static inline bool FN(is_far)(REAL max, struct FN(temperature) t)
 {
-  const REAL scaled = max * t.inverse;
-  return FN(finite)(max) && (scaled >= FAR || scaled <= -FAR);
+  return FN(finite)(max) && !FN(is_near)(max, t);
 }
 
 /* exp((x - max) / temperature) * EXP_SCALE: rounded to one number, and with more digits as scale * (1 + less_one). */
@@ -1083,8 +1082,11 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   }
   const bool near = FN(all_near)(max, rows, t);
   if (!near || (spreading && !plain)) {
-    for (int64_t i = 0; i < rows; i++) FN(start_block)
-    (&slots[i].block, slots[i].x, slots[i].e, n, max[i], t, next[i], to[i], keep, spreading ? &slots[i].distances : NULL);
+    for (int64_t i = 0; i < rows; i++) {
+      struct FN(slot) *slot = &slots[i];
+      struct FN(lanes) *distances = spreading ? &slot->distances : NULL;
+      FN(start_block)(&slot->block, slot->x, slot->e, n, max[i], t, next[i], to[i], keep, distances);
+    }
   } else if (!plain) {
     FN(start_near_rows)(slots, rows, n, max, t, next, to, false, keep, false);
   } else if (spreading) {

@@ -164,13 +164,13 @@ static void FN(store_tile)(const struct pl_task *task, const struct pl_view *vie
   }
 }
 
-/* Masked elements become `fill`. */
 /* Whether all rows have the same mask. */
 static inline bool FN(masked_by_class)(const struct pl_task *task)
 {
   return task->where.outer == 0 && (task->inner == 1 || task->where.inner == 0);
 }
 
+/* Masked elements become `fill`. */
 static void FN(mask_tile)(const struct pl_task *task, int64_t r, int64_t rows, REAL *x, REAL fill)
 {
   if (!task->where.data) return;

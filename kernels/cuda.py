@@ -232,7 +232,7 @@ def exp_scaled(k, hi, lo):
 @device
 def exp_pair(k, hi, lo):
     """exp(hi + lo) * EXP_SCALE with twice the digits, for hi <= 0."""
-    shifted = reduce(k, hi, lo)[2]
+    shifted = cuda.fma(hi - k.exp_center, k.log2_e, k.round_shift)
     n = shifted - k.round_shift
     r, r_lo = two_sum(cuda.fma(n, -k.ln2_hi, hi), cuda.fma(n, -k.ln2_lo, lo))
     square = mul(r, r)
