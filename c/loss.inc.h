@@ -95,14 +95,6 @@ INLINE VEC FN(vec_weigh)(VEC x, VEC q, VEC max, VEC *low)
   return FN(vec_unless_equal)(product, q, zero);
 }
 
-/* The q of a label: its class weight, and that times the distance of its logit. */
-static inline struct FN(pair) FN(weigh_label)(REAL x, REAL weight, REAL max)
-{
-  REAL lo = weight;
-  const REAL hi = FN(weigh)(x, &lo, max);
-  return (struct FN(pair)){hi, lo};
-}
-
 /* The q of block b: probabilities times class weights, 0 where masked out. Where they lie, or made in `room`. */
 static const REAL *FN(targets_at)(const struct pl_task *task, int64_t r, int64_t b, int64_t n, REAL *room)
 {
@@ -215,70 +207,15 @@ static void FN(write_nothing)(const struct pl_task *task, int64_t r, int64_t fir
   }
 }
 
-/* What a row is compared with. */
-struct FN(target) {
-  bool nothing;  /* ignored, or without classes */
-  int64_t label; /* -1 where there are probabilities, or outside */
-  struct FN(pair) dot, mass;
-};
-
-static struct FN(target)
-    FN(target_of)(const struct pl_task *task, int64_t r, const struct FN(slot) * slot, REAL max, int64_t *bad)
-{
-  const REAL *weight = task->losses.weight;
-  struct FN(target) target = {.nothing = slot->row.spread.count == 0, .label = -1};
-  if (!task->labels.data) {
-    if (!target.nothing) FN(dot_targets)(task, r, slot->x, max, slot, &target.dot, &target.mass);
-    return target;
-  }
-  const int64_t label = FN(label)(task, r, 0);
-  target.nothing |= FN(is_ignored)(task, r);
-  if (target.nothing) return target;
-  if (label < 0 || label >= task->classes) {
-    if (*bad == -1) *bad = FN(flat_label)(task, r, 0);
-    target.nothing = true;
-    return target;
-  }
-  target.label = label;
-  target.mass.hi = weight ? weight[label] : 1;
-  target.dot = FN(weigh_label)(slot->row.spread.target, target.mass.hi, max);
-  return target;
-}
-
-/* The gradient of a row in blocks [first, last), from its loss. */
-static void FN(write_gradient)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
-                               struct FN(temperature) t, const struct FN(slot) * slot, const struct FN(target) * target,
-                               const struct FN(loss) * loss)
-{
-  const int64_t label = target->label;
-  REAL term = 0;
-  if (target->nothing) {
-    FN(write_nothing)(task, r, first, last, slot->room);
-    return;
-  }
-  if (label >= 0)
-    term = task->classes <= BLOCK ? slot->e[label] : FN(term)(slot->row.spread.target, slot->blocks[label / BLOCK].max, t);
-  FN(write_slopes)(task, r, first, last, end, t, slot, loss, label, term);
-}
-
-/* The loss of a long row, with the part that begins it, and its gradient in blocks [first, last). */
-static int64_t FN(write_loss)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
-                              struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
-{
-  int64_t bad = -1;
-  const struct FN(options) options = FN(options_of)(task);
-  const struct FN(target) target = FN(target_of)(task, r, slot, slot->row.max, &bad);
-  const struct FN(loss) loss = FN(close_loss)(&options, slot->row.max, f, t, target.dot, target.mass, &slot->row.spread,
-                                              FN(of_row)(task->losses.sample_weight, r), FN(of_row)(task->losses.loss_grad, r));
-  if (first == 0) FN(store)(FN(row_at)(task, &task->out, r), target.nothing ? 0 : loss.value, task->out_dtype);
-  if (task->losses.grad.data) FN(write_gradient)(task, r, first, last, end, t, slot, &target, &loss);
-  return bad;
-}
-
 /* One number a row of LANES rows, side by side, so that what is made of them is made for all rows at once. */
 struct FN(losses) {
   REAL counts[LANES]; /* of the classes; 0 for ignored rows */
   REAL sample_weight[LANES], loss_grad[LANES];
+
+  /* Where there are labels (0 for ignored ones): they, and their logits. */
+  int64_t label[LANES];
+  REAL target[LANES];
+
   REAL dot[LANES], dot_lo[LANES], mass[LANES], mass_lo[LANES];                           /* of the targets */
   REAL even[LANES], even_lo[LANES], weights[LANES], weights_lo[LANES];                   /* the same of the class weights */
   REAL value[LANES], factor[LANES], factor_lo[LANES], of_target[LANES], of_class[LANES]; /* struct loss */
@@ -303,36 +240,84 @@ static void FN(close_losses)(const struct pl_task *task, const REAL *max, const 
   }
 }
 
-/* The same as write_loss for rows of one block. */
-static int64_t FN(write_short_losses)(const struct pl_task *task, int64_t r, int64_t rows, int64_t end,
-                                      struct FN(temperature) t, const struct FN(slot) * slots, const REAL *max,
-                                      const struct FN(closings) * f)
+/* What is given with the rows; `counts` has all classes that are not masked out. */
+static int64_t FN(look_at_rows)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(losses) * losses)
 {
-  struct FN(target) targets[LANES];
-  struct FN(losses) losses;
   int64_t bad = -1;
   for (int64_t l = 0; l < LANES; l++) {
-    const int64_t i = l < rows ? l : 0; /* missing rows are as the first */
-    const struct FN(spread) *spread = &slots[i].row.spread;
-    targets[l] = l < rows ? FN(target_of)(task, r + i, &slots[i], max[i], &bad) : targets[0];
-    losses.counts[l] = targets[l].nothing ? 0 : spread->count;
-    losses.sample_weight[l] = FN(of_row)(task->losses.sample_weight, r + i);
-    losses.loss_grad[l] = FN(of_row)(task->losses.loss_grad, r + i);
-    losses.dot[l] = targets[l].dot.hi;
-    losses.dot_lo[l] = targets[l].dot.lo;
-    losses.mass[l] = targets[l].mass.hi;
-    losses.mass_lo[l] = targets[l].mass.lo;
+    const int64_t row = r + (l < rows ? l : 0); /* missing rows are as the first */
+    losses->sample_weight[l] = FN(of_row)(task->losses.sample_weight, row);
+    losses->loss_grad[l] = FN(of_row)(task->losses.loss_grad, row);
+    losses->label[l] = 0;
+    if (!task->labels.data) continue;
+    const int64_t label = FN(label)(task, row, 0);
+    if (FN(is_ignored)(task, row)) {
+      losses->counts[l] = 0;
+    } else if (label < 0 || label >= task->classes) {
+      if (bad == -1) bad = FN(flat_label)(task, row, 0);
+    } else {
+      losses->label[l] = label;
+    }
+  }
+  return bad;
+}
+
+/* The sums over q of rows with labels: there is one, the label's weight. */
+static void FN(weigh_labels)(const struct pl_task *task, const REAL *max, struct FN(losses) * losses)
+{
+  const REAL *weight = task->losses.weight;
+  for (int64_t l = 0; l < LANES; l++) losses->mass[l] = weight ? weight[losses->label[l]] : 1;
+  for (int l = 0; l < LANES; l++) {
+    losses->mass_lo[l] = 0;
+    losses->dot_lo[l] = losses->mass[l];
+    losses->dot[l] = FN(weigh)(losses->target[l], &losses->dot_lo[l], max[l]);
+  }
+}
+
+/* The losses of rows, with the part that begins them, and their gradients in blocks [first, last). */
+static int64_t FN(write_losses)(const struct pl_task *task, int64_t r, int64_t rows, int64_t first, int64_t last, int64_t end,
+                                struct FN(temperature) t, const struct FN(slot) * slots, const REAL *max,
+                                const struct FN(closings) * f)
+{
+  const bool hard = task->labels.data, short_rows = task->classes <= BLOCK;
+  struct FN(losses) losses;
+  for (int64_t l = 0; l < LANES; l++) {
+    const struct FN(spread) *spread = &slots[l < rows ? l : 0].row.spread;
+    losses.counts[l] = spread->count;
     losses.even[l] = spread->dot.hi;
     losses.even_lo[l] = spread->dot.lo;
     losses.weights[l] = spread->mass.hi;
     losses.weights_lo[l] = spread->mass.lo;
   }
+  const int64_t bad = FN(look_at_rows)(task, r, rows, &losses);
+  for (int64_t l = 0; l < LANES; l++) {
+    const struct FN(slot) *slot = &slots[l < rows ? l : 0];
+    if (hard) {
+      losses.target[l] = short_rows ? slot->x[losses.label[l]] : slot->row.spread.target;
+      continue;
+    }
+    struct FN(pair) dot = {0}, mass = {0};
+    if (l < rows && losses.counts[l] != 0) FN(dot_targets)(task, r + l, slot->x, max[l], slot, &dot, &mass);
+    losses.dot[l] = dot.hi;
+    losses.dot_lo[l] = dot.lo;
+    losses.mass[l] = mass.hi;
+    losses.mass_lo[l] = mass.lo;
+  }
+  if (hard) FN(weigh_labels)(task, max, &losses);
   FN(close_losses)(task, max, f, t, &losses);
-  FN(store_line)(task, r, rows, losses.value);
+  if (first == 0) FN(store_line)(task, r, rows, losses.value);
   for (int64_t i = 0; task->losses.grad.data && i < rows; i++) {
+    const struct FN(slot) *slot = &slots[i];
+    const int64_t label = hard ? losses.label[i] : -1;
     const struct FN(loss)
         loss = {losses.value[i], {losses.factor[i], losses.factor_lo[i]}, losses.of_target[i], losses.of_class[i]};
-    FN(write_gradient)(task, r + i, 0, 1, end, t, &slots[i], &targets[i], &loss);
+    REAL term = 0;
+    if (losses.counts[i] == 0) {
+      FN(write_nothing)(task, r + i, first, last, slot->room);
+      continue;
+    }
+    if (hard) term = short_rows ? slot->e[label] : FN(term)(losses.target[i], slot->blocks[label / BLOCK].max, t);
+    FN(write_slopes)(task, r + i, first, last, end, t, slot, &loss, label, term);
   }
   return bad;
 }

@@ -1062,7 +1062,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 {
   const int64_t n = task->classes;
   const struct pl_view *whole = pl_whole(task);
-  const bool scoring = task->operation == PL_SCORE;
+  const bool scoring = task->operation == PL_SCORE, loss = task->operation == PL_CROSS_ENTROPY;
   const bool keep = whole || scoring; /* by log_softmax for the sake of `to` */
   const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
   const bool plain = FN(is_plain)(t), spreading = FN(spreads_evenly)(task);
@@ -1077,7 +1077,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   for (int64_t i = 0; i < rows; i++) {
     next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
     to[i] = whole ? (const REAL *)(void *)FN(row_at)(task, whole, r + i) : next[i];
-    if (task->operation == PL_CROSS_ENTROPY)
+    if (loss && (task->losses.label_smoothing || task->where.data))
       slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
   const bool near = FN(all_near)(max, rows, t);

@@ -84,13 +84,6 @@ static struct FN(row) FN(join_row)(const struct pl_task *task, const struct FN(r
   return row;
 }
 
-static int64_t FN(write)(const struct pl_task *task, int64_t r, int64_t first, int64_t last, int64_t end,
-                         struct FN(temperature) t, const struct FN(slot) * slot, struct FN(closing) f)
-{
-  if (task->operation == PL_CROSS_ENTROPY) return FN(write_loss)(task, r, first, last, end, t, slot, f);
-  return FN(write_row)(task, r, first, last, end, t, slot, f);
-}
-
 /* Where the terms of row r, which has several blocks, are kept until their sum is known: in the result's last row under way, as
  * another that holds them stays in the cache and is written once; in its own, where the result takes the place of the logits.
  * NULL: nowhere, as what lies there is needed, or is not of this type. */
@@ -151,6 +144,7 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
     slots[i].blocks = joined;
     slots[i].terms = slots[i].to = NULL;
     slots[i].row.dot = slots[i].row.squares = 0; /* only PL_SCORE has them */
+    slots[i].row.spread = (struct FN(spread)){.count = (REAL)task->classes};
     FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index ? top_index + i * kept : NULL;
     slots[i].top_x = top_x ? top_x + i * kept : NULL;
@@ -176,14 +170,14 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
       sum_lo[i] = slots[i].row.sum_lo;
     }
     FN(close_rows)(task->operation, max, sum, sum_lo, &f);
-    if (blocks == 1 && task->operation == PL_CROSS_ENTROPY) {
-      const int64_t found = FN(write_short_losses)(task, r, rows, end, t, slots, max, &f);
+    if (task->operation == PL_CROSS_ENTROPY) {
+      const int64_t found = FN(write_losses)(task, r, rows, 0, blocks, end, t, slots, max, &f);
       if (bad == -1) bad = found;
       continue;
     }
     if (blocks == 1 && FN(write_short_rows)(task, r, rows, slots, max, sum, &f, t, &bad)) continue;
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t found = FN(write)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
+      const int64_t found = FN(write_row)(task, r + i, 0, blocks, end, t, &slots[i], FN(closing_of)(&f, i));
       if (bad == -1) bad = found;
     }
   }
@@ -223,7 +217,9 @@ static int64_t FN(write_part)(const struct pl_task *task, int64_t r, int64_t fir
   slot.terms = kept ? FN(place_of_terms)(task, r, r + 1) : NULL;
   REAL max[LANES] = {slot.row.max}, sum[LANES] = {slot.row.sum}, sum_lo[LANES] = {slot.row.sum_lo};
   FN(close_rows)(task->operation, max, sum, sum_lo, &f);
-  const int64_t bad = FN(write)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
+  const int64_t bad = task->operation == PL_CROSS_ENTROPY
+                          ? FN(write_losses)(task, r, 1, first, last, r + 1, t, &slot, max, &f)
+                          : FN(write_row)(task, r, first, last, r + 1, t, &slot, FN(closing_of)(&f, 0));
   pl_stream_end();
   return bad;
 }

@@ -326,9 +326,7 @@ struct FN(tile) {
   struct FN(tree) tree;
   REAL max[LANES], ones[LANES], sum[LANES], sum_lo[LANES];
   struct FN(closings) f;
-  struct FN(losses) loss; /* PL_CROSS_ENTROPY; and the rows' labels, and their terms, then their gradients */
-  int64_t label[LANES];
-  REAL target[LANES];
+  struct FN(losses) loss; /* PL_CROSS_ENTROPY */
 };
 
 static void FN(finish_tile)(struct FN(tile) * tile, int64_t classes)
@@ -584,39 +582,22 @@ static void FN(load_target_tile)(const struct pl_task *task, const struct FN(til
   FN(mask_tile)(task, tile->r, tile->rows, q, 0);
 }
 
-/* The rows' labels, class counts and weights; returns the first label that is outside [0, classes) and not ignored, or -1. */
-static int64_t FN(look_at_rows)(const struct pl_task *task, struct FN(tile) * tile)
+/* The classes of each row that are not masked out. */
+static void FN(count_tile)(const struct pl_task *task, struct FN(tile) * tile)
 {
-  struct FN(losses) *loss = &tile->loss;
-  int64_t bad = -1, kept = task->classes;
+  int64_t count = task->classes;
   for (int64_t l = 0; l < LANES; l++) {
-    const int64_t r = tile->r + (l < tile->rows ? l : 0); /* missing rows are as the first */
-    const char *where = FN(row_at)(task, &task->where, r);
-    if (where && (l == 0 || !FN(masked_by_class)(task))) kept = FN(count_classes)(where, task->where.classes, task->classes);
-    int64_t count = kept;
-    loss->sample_weight[l] = FN(of_row)(task->losses.sample_weight, r);
-    loss->loss_grad[l] = FN(of_row)(task->losses.loss_grad, r);
-    tile->label[l] = 0;
-    if (task->labels.data) {
-      const int64_t label = FN(label)(task, r, 0);
-      if (FN(is_ignored)(task, r)) {
-        count = 0;
-      } else if (label < 0 || label >= task->classes) {
-        if (bad == -1) bad = FN(flat_label)(task, r, 0);
-      } else {
-        tile->label[l] = label;
-      }
-    }
-    loss->counts[l] = (REAL)count;
+    const char *where = FN(row_at)(task, &task->where, tile->r + (l < tile->rows ? l : 0)); /* missing rows are as the first */
+    if (where && (l == 0 || !FN(masked_by_class)(task))) count = FN(count_classes)(where, task->where.classes, task->classes);
+    tile->loss.counts[l] = (REAL)count;
   }
-  return bad;
 }
 
 /* What a loss needs beside the sum of exponentials, from logits and their maxima. */
 static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
 {
   const int64_t classes = task->classes, size = classes * LANES;
-  const REAL *x = tile->x, *weight = task->losses.weight;
+  const REAL *x = tile->x;
   REAL *q = tile->q, *products = tile->other;
   struct FN(losses) *loss = &tile->loss;
   REAL origin[LANES], low[LANES], low_lo[LANES];
@@ -663,15 +644,8 @@ static void FN(spread_tile)(const struct pl_task *task, struct FN(tile) * tile)
     for (int l = 0; l < LANES; l++) loss->dot_lo[l] += low[l];
     return;
   }
-  for (int64_t l = 0; l < LANES; l++) {
-    tile->target[l] = x[tile->label[l] * LANES + l];
-    loss->mass[l] = weight ? weight[tile->label[l]] : 1;
-    loss->mass_lo[l] = 0;
-  }
-  for (int l = 0; l < LANES; l++) {
-    loss->dot_lo[l] = loss->mass[l];
-    loss->dot[l] = FN(weigh)(tile->target[l], &loss->dot_lo[l], tile->max[l]);
-  }
+  for (int64_t l = 0; l < LANES; l++) loss->target[l] = x[loss->label[l] * LANES + l];
+  FN(weigh_labels)(task, tile->max, loss);
 }
 
 /* From the terms in x to gradients in x. */
@@ -683,10 +657,11 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   REAL *x = tile->x, *q = tile->q, *slopes = tile->other;
   const bool soft = !task->labels.data;
   if (soft) FN(load_target_tile)(task, tile, q);
-  for (int64_t l = 0; l < LANES; l++) tile->target[l] = x[tile->label[l] * LANES + l];
+  REAL of_label[LANES];
+  for (int64_t l = 0; l < LANES; l++) of_label[l] = x[loss->label[l] * LANES + l];
   for (int l = 0; l < LANES; l++) { /* mass is the label's weight */
-    const REAL term = tile->target[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
-    tile->target[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
+    const REAL term = of_label[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
+    of_label[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
   }
   for (int64_t c = 0; c < classes; c++) {
     const VEC of_class = FN(vec_fill)(weight ? weight[c] : 1), zero = FN(vec_fill)(0), one = FN(vec_fill)(1);
@@ -704,7 +679,7 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
       FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, -minus)) * drop);
     }
   }
-  for (int64_t l = 0; !soft && l < LANES; l++) x[tile->label[l] * LANES + l] = tile->target[l];
+  for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = of_label[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
     FN(cap)(task, slopes, NULL, slopes, size);
@@ -766,7 +741,8 @@ static int64_t FN(run_tiles)(const struct pl_task *task, int64_t r, int64_t rows
     FN(mask_tile)(task, tiles[i].r, tiles[i].rows, x[i], -INFINITY);
     FN(maximum_of_tile)(x[i], task->classes, tiles[i].max);
     if (loss) {
-      const int64_t found = FN(look_at_rows)(task, &tiles[i]);
+      FN(count_tile)(task, &tiles[i]);
+      const int64_t found = FN(look_at_rows)(task, tiles[i].r, tiles[i].rows, &tiles[i].loss);
       if (bad == -1) bad = found;
       FN(spread_tile)(task, &tiles[i]);
     }
