@@ -299,11 +299,17 @@ static inline int64_t FN(part)(int64_t n, int64_t c)
   return n <= c ? 0 : n - c < VEC_LANES ? n - c : VEC_LANES;
 }
 
-/* The last elements of a block, less than a group, filled up with what counts for nothing. */
+/* The vector that starts at c of n elements, filled up with what counts for nothing. */
+INLINE VEC FN(padded)(const REAL *x, int64_t n, int64_t c, VEC nothing)
+{
+  const int64_t part = FN(part)(n, c);
+  return part == VEC_LANES ? FN(vec_load)(x + c) : part ? FN(vec_load_part)(x + c, part, nothing) : nothing;
+}
+
+/* The same of the last elements of a block, less than a group. */
 static inline void FN(pad)(REAL *tail, const REAL *x, int64_t n, VEC nothing)
 {
-  for (int c = 0; c < GROUP; c += VEC_LANES)
-    FN(vec_store)(tail + c, FN(part)(n, c) ? FN(vec_load_part)(x + c, FN(part)(n, c), nothing) : nothing);
+  for (int c = 0; c < GROUP; c += VEC_LANES) FN(vec_store)(tail + c, FN(padded)(x, n, c, nothing));
 }
 
 static inline VEC FN(group_maximum)(const REAL *x)
@@ -315,16 +321,13 @@ static inline VEC FN(group_maximum)(const REAL *x)
 /* Each lane's maximum. A NaN may get lost, and hide what it is compared with; it shows in the sum either way. */
 INLINE void FN(top_lanes)(const REAL *x, int64_t n, REAL *best)
 {
-  REAL tail[GROUP];
   VEC top[LINE_VECS];
-  const int64_t whole = n / GROUP * GROUP;
+  int64_t c = 0;
   for (int v = 0; v < LINE_VECS; v++) top[v] = FN(vec_fill)(-INFINITY);
-  for (int64_t c = 0; c < whole; c += GROUP)
+  for (; c + GROUP <= n; c += GROUP)
     EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(x + c + v), top[v / VEC_LANES]);
-  if (whole < n) {
-    FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
-    EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(group_maximum)(tail + v), top[v / VEC_LANES]);
-  }
+  for (; c < n; c += LANES)
+    EACH_VEC(v) top[v / VEC_LANES] = FN(vec_larger)(FN(padded)(x, n, c + v, FN(vec_fill)(-INFINITY)), top[v / VEC_LANES]);
   EACH_VEC(v) FN(vec_store)(best + v, top[v / VEC_LANES]);
 }
 
@@ -502,6 +505,24 @@ INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const
   return ones;
 }
 
+/* The same of the line at c, one of the last that are no group. */
+INLINE int FN(add_last_line)(struct FN(lanes) * lanes, const REAL *x, REAL *e, int64_t n, int64_t c,
+                             const struct FN(origin) * o, bool keep)
+{
+  int ones = 0;
+  EACH_VEC(v)
+  {
+    const VEC logits = FN(padded)(x, n, c + v, FN(vec_fill)(-INFINITY));
+    const int equal = FN(vec_count_equal)(logits, o->max), line = v / VEC_LANES;
+    struct FN(parts) term = FN(parts_of)(logits, o);
+    if (keep) FN(vec_store)(e + c + v, term.value); /* e may be x */
+    if (__builtin_expect(equal != 0, 0)) FN(leave_out)(&term, logits, o->max);
+    FN(add_term)(&lanes->sum[line], &lanes->lo[line], term);
+    ones += equal;
+  }
+  return ones;
+}
+
 static REAL FN(join_lanes)(const struct FN(lanes) * lanes, REAL *result_lo)
 {
   REAL s[LANES], s_lo[LANES];
@@ -615,16 +636,13 @@ INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int6
     }
     ones += FN(add_group)(&lanes, x + c, e + c, o, keep, distances ? &apart : NULL);
   }
-  if (whole < n) {
+  if (distances && whole < n) {
     REAL tail[GROUP];
-    FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
-    if (distances) {
-      FN(pad)(tail, x + whole, n - whole, o->max);
-      FN(add_group_of)(&apart, tail, o->max);
-      FN(pad)(tail, x + whole, n - whole, FN(vec_fill)(-INFINITY));
-    }
-    ones += FN(add_group)(&lanes, tail, e + whole, o, keep, NULL);
+    FN(pad)(tail, x + whole, n - whole, o->max);
+    FN(add_group_of)(&apart, tail, o->max);
   }
+  for (int64_t c = whole; c < n; c += LANES) ones += FN(add_last_line)(&lanes, x, e, n, c, o, keep);
+  for (int64_t c = ROUND_UP(n, LANES); keep && c < ROUND_UP(n, GROUP); c += VEC_LANES) FN(vec_store)(e + c, FN(vec_fill)(0));
   *result = lanes;
   if (distances) *distances = apart;
   return ones;
