@@ -41,33 +41,91 @@ INLINE void FN(add_products)(struct FN(lanes) * dot, struct FN(lanes) * low, con
   }
 }
 
-INLINE struct FN(pair) FN(sum_block)(const REAL *p, const REAL *g, int64_t n, bool log)
+/* The sums of a block, lane by lane. */
+struct FN(products) {
+  struct FN(lanes) dot, low;
+};
+
+/* `to` is where the results will go: it is asked for. */
+INLINE void FN(sum_each)(struct FN(products) * sums, const REAL *p, const REAL *g, const REAL *to, int64_t n, bool log)
 {
   const VEC zero = FN(vec_fill)(0);
   const int64_t whole = n / GROUP * GROUP;
   struct FN(lanes) dot, low;
-  struct FN(pair) sum;
   for (int v = 0; v < LINE_VECS; v++) dot.sum[v] = dot.lo[v] = low.sum[v] = low.lo[v] = zero;
-  for (int64_t c = 0; c < whole; c += GROUP) FN(add_products)(&dot, &low, p + c, g + c, log);
+  for (int64_t c = 0; c < whole; c += GROUP) {
+    for (int i = 0; i < LINES_PER_GROUP; i++) __builtin_prefetch(to + c + i * LANES, 1);
+    FN(add_products)(&dot, &low, p + c, g + c, log);
+  }
   if (whole < n) {
     REAL p_tail[GROUP], g_tail[GROUP];
     FN(pad)(p_tail, p + whole, n - whole, zero);
     FN(pad)(g_tail, g + whole, n - whole, zero);
     FN(add_products)(&dot, &low, p_tail, g_tail, log);
   }
-  sum.hi = FN(join_lanes)(&dot, &sum.lo);
-  if (!log) {
-    REAL low_lo;
-    sum.lo += FN(join_lanes)(&low, &low_lo);
-  }
-  return sum;
+  sums->dot = dot;
+  sums->low = low;
 }
 
-INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t n, struct FN(pair) sum, bool log)
+/* Block b of row r. */
+static void FN(sum_block)(const struct pl_task *task, int64_t r, int64_t b, REAL *p_room, REAL *g_room,
+                          struct FN(products) * sums)
+{
+  const struct FN(sink) sink = FN(sink_at)(task, r);
+  const int64_t n = FN(block_length)(task, b);
+  const REAL *p = FN(elements)(task, &task->logits, r, b * BLOCK, n, p_room);
+  const REAL *g = FN(elements)(task, &task->grad, r, b * BLOCK, n, g_room);
+  const REAL *to = FN(place)(&sink, b, p_room);
+  if (task->operation == PL_LOG_SOFTMAX_BACKWARD) {
+    FN(sum_each)(sums, p, g, to, n, true);
+  } else {
+    FN(sum_each)(sums, p, g, to, n, false);
+  }
+}
+
+static struct FN(pair) FN(sum_row)(const struct pl_task *task, int64_t r, REAL *p_room, REAL *g_room)
+{
+  struct FN(products) sums;
+  struct FN(pair) sum = {0, 0};
+  for (int64_t b = 0; b < FN(block_count)(task); b++) {
+    struct FN(pair) part;
+    REAL low_lo;
+    FN(sum_block)(task, r, b, p_room, g_room, &sums);
+    part.hi = FN(join_lanes)(&sums.dot, &part.lo);
+    part.lo += FN(join_lanes)(&sums.low, &low_lo);
+    sum = b ? FN(gather)(sum, part) : part;
+  }
+  return FN(usable)(sum);
+}
+
+/* Of short rows, at most LANES: side by side, as the last steps of a sum wait for one another. */
+static void FN(sum_rows)(const struct pl_task *task, int64_t r, int64_t rows, REAL *p_room, REAL *g_room,
+                         struct FN(pair) * result)
+{
+  struct FN(products) sums[LANES];
+  REAL hi[LANES], lo[LANES], low[LANES], low_lo[LANES];
+  for (int64_t i = 0; i < LANES; i++) {
+    if (i < rows) {
+      FN(sum_block)(task, r + i, 0, p_room, g_room, &sums[i]);
+    } else {
+      sums[i] = sums[0];
+    }
+  }
+  FN(join_rows)(&sums->dot, sizeof *sums, hi, lo);
+  FN(join_rows)(&sums->low, sizeof *sums, low, low_lo);
+  for (int64_t i = 0; i < rows; i++) result[i] = FN(usable)((struct FN(pair)){hi[i], lo[i] + low[i]});
+}
+
+/* `next_p` and `next_g` are what is needed after this: they are asked for. */
+INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t n, struct FN(pair) sum, bool log,
+                            const REAL *next_p, const REAL *next_g)
 {
   const VEC hi = FN(vec_fill)(sum.hi), lo = FN(vec_fill)(sum.lo), zero = FN(vec_fill)(0);
   int64_t c = 0;
+#pragma GCC unroll 4
   for (; c + VEC_LANES <= n; c += VEC_LANES) {
+    __builtin_prefetch(next_p + c);
+    __builtin_prefetch(next_g + c);
     const VEC at = FN(vec_load)(p + c), grad = FN(vec_load)(g + c);
     FN(vec_store)(result + c, log ? FN(log_softmax_slope)(at, grad, hi, lo) : FN(softmax_slope)(at, grad, hi, lo));
   }
@@ -78,28 +136,22 @@ INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t 
   }
 }
 
-static void FN(backward_row)(const struct pl_task *task, int64_t r, REAL *p_room, REAL *g_room)
+/* The rows before `next` have been summed. */
+static void FN(slope_row)(const struct pl_task *task, int64_t r, int64_t next, int64_t end, struct FN(pair) sum, REAL *p_room,
+                          REAL *g_room)
 {
-  const bool log = task->operation == PL_LOG_SOFTMAX_BACKWARD;
   const struct FN(sink) sink = FN(sink_at)(task, r);
-  struct FN(pair) sum = {0, 0};
   for (int64_t b = 0; b < FN(block_count)(task); b++) {
     const int64_t first = b * BLOCK, n = FN(block_length)(task, b);
     const REAL *p = FN(elements)(task, &task->logits, r, first, n, p_room);
     const REAL *g = FN(elements)(task, &task->grad, r, first, n, g_room);
-    const struct FN(pair) part = log ? FN(sum_block)(p, g, n, true) : FN(sum_block)(p, g, n, false);
-    sum = b ? FN(gather)(sum, part) : part;
-  }
-  sum = FN(usable)(sum);
-  for (int64_t b = 0; b < FN(block_count)(task); b++) {
-    const int64_t first = b * BLOCK, n = FN(block_length)(task, b);
-    const REAL *p = FN(elements)(task, &task->logits, r, first, n, p_room);
-    const REAL *g = FN(elements)(task, &task->grad, r, first, n, g_room);
+    const REAL *next_p = FN(next_block)(task, &task->logits, next - 1, first + BLOCK, end, p);
+    const REAL *next_g = FN(next_block)(task, &task->grad, next - 1, first + BLOCK, end, g);
     REAL *result = FN(place)(&sink, b, p_room);
-    if (log) {
-      FN(slope_block)(p, g, result, n, sum, true);
+    if (task->operation == PL_LOG_SOFTMAX_BACKWARD) {
+      FN(slope_block)(p, g, result, n, sum, true, next_p, next_g);
     } else {
-      FN(slope_block)(p, g, result, n, sum, false);
+      FN(slope_block)(p, g, result, n, sum, false, next_p, next_g);
     }
     FN(put)(&sink, b, p_room, n);
   }
@@ -120,6 +172,11 @@ static void FN(backward_tile)(const struct pl_task *task, int64_t r, int64_t row
   const bool log = task->operation == PL_LOG_SOFTMAX_BACKWARD;
   const int64_t classes = task->classes, size = classes * LANES;
   REAL sum[LANES], sum_lo[LANES], rest[LANES], rest_lo[LANES];
+  if (task->inner == 1) {
+    FN(ask_for)(task, &task->logits, r + LANES, rows, false);
+    FN(ask_for)(task, &task->grad, r + LANES, rows, false);
+    FN(ask_for)(task, &task->out, r, rows, true);
+  }
   FN(load_tile)(task, &task->logits, task->dtype, r, rows, p);
   FN(load_tile)(task, &task->grad, task->dtype, r, rows, g);
   if (!log) FN(multiply)(p, g, product, low, size);
@@ -143,14 +200,23 @@ static void FN(backward_tile)(const struct pl_task *task, int64_t r, int64_t row
 static void FN(run_backward)(const struct pl_task *task, int64_t begin, int64_t end, bool by_tile, REAL *scratch)
 {
   REAL *p = scratch, *g = scratch + ROOM / 2, *product = scratch + ROOM, *low = scratch + ROOM + ROOM / 2;
-  const int64_t step = by_tile ? LANES : 1;
-  for (int64_t r = begin; r < end; r += step) {
-    const int64_t rows = end - r < step ? end - r : step;
-    if (by_tile) {
-      FN(backward_tile)(task, r, rows, p, g, product, low);
+  if (by_tile) {
+    for (int64_t r = begin; r < end; r += LANES)
+      FN(backward_tile)(task, r, end - r < LANES ? end - r : LANES, p, g, product, low);
+    return;
+  }
+  /* Both inputs and the results of a batch fit the first-level cache. */
+  const int64_t fitting = BATCH_BYTES / 8 / (task->classes * (int64_t)sizeof(REAL));
+  const int64_t batch = fitting < MANY ? 1 : fitting < LANES ? fitting : LANES;
+  struct FN(pair) sums[LANES];
+  for (int64_t r = begin; r < end; r += batch) {
+    const int64_t rows = end - r < batch ? end - r : batch;
+    if (rows < MANY) {
+      for (int64_t i = 0; i < rows; i++) sums[i] = FN(sum_row)(task, r + i, p, g);
     } else {
-      FN(backward_row)(task, r, p, g);
+      FN(sum_rows)(task, r, rows, p, g, sums);
     }
+    for (int64_t i = 0; i < rows; i++) FN(slope_row)(task, r + i, r + i + rows, end, sums[i], p, g);
   }
   pl_stream_end();
 }

@@ -234,7 +234,8 @@ static REAL *FN(terms_of)(const struct pl_task *task, int64_t r, int64_t b, int6
   if (kept && !task->losses.softcap) return kept;
   const REAL *x = FN(stage)(task, r, b * BLOCK, n, slot->room, slopes);
   if (kept) return kept;
-  FN(repeat_terms)(x, slot->e, n, slot->blocks[b].max, t, FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room));
+  FN(repeat_terms)
+  (x, slot->e, n, slot->blocks[b].max, t, FN(next_block)(task, &task->logits, r, (b + 1) * BLOCK, end, slot->room));
   return slot->e;
 }
 

@@ -177,15 +177,15 @@ static void FN(store_many)(char *p, const REAL *x, int64_t stride, int64_t n, in
 
 /* Where the block after this one starts: in this row, or in the next; else anywhere. It is asked for line by line while the
  * block is computed; asked for all at once, it held up the loads behind it. */
-static const REAL *FN(next_block)(const struct pl_task *task, int64_t r, int64_t first, int64_t end, const REAL *anywhere)
+static const REAL *FN(next_block)(const struct pl_task *task, const struct pl_view *view, int64_t r, int64_t first, int64_t end,
+                                  const REAL *anywhere)
 {
-  const struct pl_view *logits = &task->logits;
   if (first >= task->classes) {
     first = 0;
     r++;
   }
-  if (r >= end || logits->classes != pl_itemsize(task->dtype)) return anywhere;
-  return (const REAL *)(const void *)(FN(row_at)(task, logits, r) + first * logits->classes);
+  if (r >= end || view->classes != pl_itemsize(task->dtype)) return anywhere;
+  return (const REAL *)(const void *)(FN(row_at)(task, view, r) + first * view->classes);
 }
 
 /* softcap * tanh(x / (temperature * softcap)) of n logits, and its slopes, but for the factor 1 / temperature: both where they
@@ -1036,12 +1036,12 @@ static void FN(maxima)(const struct FN(slot) * slots, int64_t rows, int64_t n, R
   memcpy(max, turned[0], sizeof turned[0]);
 }
 
-/* join_lanes of LANES rows, of which the first slot's lanes are given. */
-static void FN(join_rows)(const struct FN(lanes) * lanes, REAL *sum, REAL *sum_lo)
+/* join_lanes of LANES rows, whose lanes are `stride` bytes apart. */
+static void FN(join_rows)(const struct FN(lanes) * lanes, int64_t stride, REAL *sum, REAL *sum_lo)
 {
   struct FN(tree) tree;
-  FN(turn_lanes)(lanes->sum, sizeof(struct FN(slot)), tree.sum);
-  FN(turn_lanes)(lanes->lo, sizeof(struct FN(slot)), tree.lo);
+  FN(turn_lanes)(lanes->sum, stride, tree.sum);
+  FN(turn_lanes)(lanes->lo, stride, tree.lo);
   FN(join_tree)(&tree, LANES, sum, sum_lo);
 }
 
@@ -1054,7 +1054,7 @@ static void FN(join_distances)(struct FN(slot) * slots, int64_t rows)
     return;
   }
   for (int64_t i = rows; i < LANES; i++) slots[i].distances = slots[0].distances;
-  FN(join_rows)(&slots->distances, sum, sum_lo);
+  FN(join_rows)(&slots->distances, sizeof *slots, sum, sum_lo);
   for (int64_t i = 0; i < rows; i++) slots[i].row.spread.dot = (struct FN(pair)){sum[i], sum_lo[i]};
 }
 
@@ -1064,7 +1064,7 @@ static void FN(finish_near_rows)(struct FN(slot) * slots, int64_t rows)
   REAL ones[LANES], sum[LANES], sum_lo[LANES];
   for (int64_t i = rows; i < LANES; i++) slots[i].block = slots[0].block;
   for (int64_t i = 0; i < LANES; i++) ones[i] = (REAL)slots[i].block.ones;
-  FN(join_rows)(&slots->block.lanes, sum, sum_lo);
+  FN(join_rows)(&slots->block.lanes, sizeof *slots, sum, sum_lo);
   for (int l = 0; l < LANES; l++) sum[l] = FN(add_ones)(sum[l], sum_lo[l], ones[l], &sum_lo[l]);
   for (int64_t i = 0; i < rows; i++) {
     slots[i].row.max = slots[i].block.max;
@@ -1093,7 +1093,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   }
   FN(maxima)(slots, rows, n, max);
   for (int64_t i = 0; i < rows; i++) {
-    next[i] = FN(next_block)(task, r + i + rows - 1, n, end, slots[i].room);
+    next[i] = FN(next_block)(task, &task->logits, r + i + rows - 1, n, end, slots[i].room);
     to[i] = whole ? (const REAL *)(void *)FN(row_at)(task, whole, r + i) : next[i];
     if (loss && (task->losses.label_smoothing || task->where.data))
       slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
@@ -1130,7 +1130,7 @@ static void FN(reduce_blocks)(const struct pl_task *task, int64_t r, int64_t fir
   const bool spreading = FN(spreads_evenly)(task);
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b);
-    const REAL *next = FN(next_block)(task, r, (b + 1) * BLOCK, end, slot->room);
+    const REAL *next = FN(next_block)(task, &task->logits, r, (b + 1) * BLOCK, end, slot->room);
     REAL *kept = slot->terms ? slot->terms + b * BLOCK : NULL;
     REAL *e = kept && n % GROUP == 0 ? kept : slot->e; /* whole groups are written */
     const REAL *to = slot->to ? slot->to + (slot->to == slot->terms ? b + 1 : b) * BLOCK : next;

@@ -12,15 +12,14 @@ static int64_t FN(slabs)(const struct pl_task *task)
 }
 
 /* A tile pays where rows are short or lie side by side; few rows go by the row, and more than a few of their largest. How short
- * was measured, with AVX2 and AVX-512: up to 96 floats or 48 doubles; 160 and 80 for losses with options and for scores, 127
- * and 63 for a loss with its gradient, 128 and 64 for the gradients through softmax and log_softmax. (By the row, time grows by
- * groups: it is at its best with 128, where a logsumexp takes 0.77 to 0.87 of the time that it takes by the tile.) */
+ * was measured, with AVX2 and AVX-512: up to 80 floats or 40 doubles; 96 and 48 for a loss with its gradient; 128 and 64 for
+ * losses with options and for scores. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
   const bool backward = pl_is_backward(task);
   const int64_t most = backward ? TILE / 2 : FN(slabs)(task) > 1 ? 2 * TILE / FN(slabs)(task) : TILE; /* by the room there is */
   const bool whole = pl_whole(task);
-  const int64_t few = FN(slabs)(task) > 1 ? (whole ? 8 * LANES - 1 : 10 * LANES) : (backward ? 8 : 6) * LANES;
+  const int64_t few = (FN(slabs)(task) == 1 ? 5 : whole ? 6 : 8) * LANES;
   const int64_t picks = task->operation == PL_SCORE ? task->picks : 1;
   if (rows < LANES / 2 || picks > TILE_PICKS || (picks > 1 && task->classes > GROUP)) return false;
   return task->classes <= few || (task->classes <= most && FN(side_by_side)(task));
