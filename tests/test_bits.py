@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("backend", [name for name in BACKENDS if na
 
 ALL_OPS = (*OPS, "score")
 FULL_OPS = ("softmax", "log_softmax")  # the result is as large as the logits
-CLASSES = (1, 3, 10, 33, 100, 1000, 4096, 4097, 9001)
+CLASSES = (1, 3, 10, 33, 100, 200, 1000, 4096, 4097, 9001)
 COUNTS = (1, 2, 3, 15, 16, 17, 64, 257, 4097)
 ELEMENTS = 200_000  # of a batch at most, but for threads
 
