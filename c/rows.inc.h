@@ -474,16 +474,16 @@ INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin
   }
 }
 
-/* The terms of a group are added to the lanes, those of the maximum left out and counted. `keep` stores all terms in e;
- * `distances`, unless it is NULL, gets those from the maximum. */
-INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep,
-                         struct FN(lanes) * distances)
+/* The terms of a group, those of the maximum left out and counted. `keep` stores all terms in e; `distances`, unless it is
+ * NULL, gets those from the maximum. */
+INLINE int FN(group_terms)(struct FN(parts) * terms, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep,
+                           struct FN(lanes) * distances)
 {
   int ones = 0;
   EACH_VEC(v)
   {
     VEC logits[LINES_PER_GROUP];
-    struct FN(parts) term[LINES_PER_GROUP];
+    struct FN(parts) *term = terms + v / VEC_LANES * LINES_PER_GROUP;
     for (int i = 0; i < LINES_PER_GROUP; i++) {
       logits[i] = FN(vec_load)(x + i * LANES + v);
       term[i] = FN(parts_of)(logits[i], o);
@@ -491,18 +491,20 @@ INLINE int FN(add_group)(struct FN(lanes) * lanes, const REAL *x, REAL *e, const
     for (int i = 0; keep && i < LINES_PER_GROUP; i++) FN(vec_store)(e + i * LANES + v, term[i].value); /* e may be x */
     if (distances) FN(add_distance)(distances, v / VEC_LANES, logits, o->max);
     const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
-    const int line = v / VEC_LANES;
     if (__builtin_expect(FN(vec_count_equal)(top, o->max) != 0, 0)) {
       for (int i = 0; i < LINES_PER_GROUP; i++) {
         ones += FN(vec_count_equal)(logits[i], o->max);
         FN(leave_out)(&term[i], logits[i], o->max);
-        FN(add_term)(&lanes->sum[line], &lanes->lo[line], term[i]);
       }
-    } else {
-      for (int i = 0; i < LINES_PER_GROUP; i++) FN(add_term)(&lanes->sum[line], &lanes->lo[line], term[i]);
     }
   }
   return ones;
+}
+
+INLINE void FN(add_group)(struct FN(lanes) * lanes, const struct FN(parts) * terms)
+{
+  for (int v = 0; v < LINE_VECS; v++)
+    for (int i = 0; i < LINES_PER_GROUP; i++) FN(add_term)(&lanes->sum[v], &lanes->lo[v], terms[v * LINES_PER_GROUP + i]);
 }
 
 /* The same of the line at c, one of the last that are no group. */
@@ -621,20 +623,33 @@ static REAL FN(sum)(const REAL *e, int64_t n, REAL *result_lo)
   return FN(join_lanes)(&lanes, result_lo);
 }
 
-/* The terms of n elements; returns how often the maximum was met. */
+INLINE void FN(ask_for_group)(const REAL *next, const REAL *to, int64_t c, bool keep)
+{
+  for (int i = 0; i < LINES_PER_GROUP; i++) {
+    __builtin_prefetch(next + c + i * LANES);
+    if (keep) __builtin_prefetch(to + c + i * LANES, 1);
+  }
+}
+
+/* The terms of n elements; returns how often the maximum was met. A group's terms are added while the next one's are made: in
+ * their own turn they waited for them, and held up what was behind. */
 INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const struct FN(origin) * o, bool keep,
                          const REAL *next, const REAL *to, struct FN(lanes) * distances)
 {
-  struct FN(lanes) lanes, apart;
+  struct FN(lanes) lanes, apart, *others = distances ? &apart : NULL;
+  struct FN(parts) terms[GROUP / VEC_LANES];
+  const int64_t whole = n / GROUP * GROUP;
   int ones = 0;
   for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = apart.sum[v] = apart.lo[v] = FN(vec_fill)(0);
-  const int64_t whole = n / GROUP * GROUP;
-  for (int64_t c = 0; c < whole; c += GROUP) {
-    for (int i = 0; i < LINES_PER_GROUP; i++) {
-      __builtin_prefetch(next + c + i * LANES);
-      if (keep) __builtin_prefetch(to + c + i * LANES, 1);
+  if (whole) {
+    FN(ask_for_group)(next, to, 0, keep);
+    ones = FN(group_terms)(terms, x, e, o, keep, others);
+    for (int64_t c = GROUP; c < whole; c += GROUP) {
+      FN(ask_for_group)(next, to, c, keep);
+      FN(add_group)(&lanes, terms);
+      ones += FN(group_terms)(terms, x + c, e + c, o, keep, others);
     }
-    ones += FN(add_group)(&lanes, x + c, e + c, o, keep, distances ? &apart : NULL);
+    FN(add_group)(&lanes, terms);
   }
   if (distances && whole < n) {
     REAL tail[GROUP];
