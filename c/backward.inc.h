@@ -41,7 +41,7 @@ INLINE void FN(add_products)(struct FN(lanes) * dot, struct FN(lanes) * low, con
   }
 }
 
-/* The sums of a block, lane by lane. */
+/* Lane by lane: the sums of g p (or of g), and of those products' rounding errors. */
 struct FN(products) {
   struct FN(lanes) dot, low;
 };
@@ -136,7 +136,7 @@ INLINE void FN(slope_block)(const REAL *p, const REAL *g, REAL *result, int64_t 
   }
 }
 
-/* The rows before `next` have been summed. */
+/* `next`: the row that is asked for while the last block of this one is written. */
 static void FN(slope_row)(const struct pl_task *task, int64_t r, int64_t next, int64_t end, struct FN(pair) sum, REAL *p_room,
                           REAL *g_room)
 {
@@ -205,8 +205,8 @@ static void FN(run_backward)(const struct pl_task *task, int64_t begin, int64_t 
       FN(backward_tile)(task, r, end - r < LANES ? end - r : LANES, p, g, product, low);
     return;
   }
-  /* Both inputs and the results of a batch fit the first-level cache. */
-  const int64_t fitting = BATCH_BYTES / 8 / (task->classes * (int64_t)sizeof(REAL));
+  /* Both inputs and the results of a batch, half a block each, fit the first-level cache. */
+  const int64_t fitting = BLOCK / 2 / task->classes;
   const int64_t batch = fitting < MANY ? 1 : fitting < LANES ? fitting : LANES;
   struct FN(pair) sums[LANES];
   for (int64_t r = begin; r < end; r += batch) {

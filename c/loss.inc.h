@@ -67,12 +67,6 @@ static inline REAL FN(of_row)(const void *array, int64_t r)
   return array ? ((const REAL *)array)[r] : 1;
 }
 
-/* Whether row r has the class that is left out. */
-static inline bool FN(is_ignored)(const struct pl_task *task, int64_t r)
-{
-  return task->losses.has_ignore_index && FN(label)(task, r, 0) == task->losses.ignore_index;
-}
-
 /* q (max - x), and in q its low part: the product's own rounding error is kept, so that the sum is good to a pair. q = 0
  * counts for nothing, whatever x. */
 static inline REAL FN(weigh)(REAL x, REAL *q, REAL max)
@@ -212,7 +206,7 @@ struct FN(losses) {
   REAL counts[LANES]; /* of the classes; 0 for ignored rows */
   REAL sample_weight[LANES], loss_grad[LANES];
 
-  /* Where there are labels (0 for ignored ones): they, and their logits. */
+  /* The labels, 0 where there are none or not one of the classes; and where there are labels, their logits. */
   int64_t label[LANES];
   REAL target[LANES];
 
@@ -240,7 +234,8 @@ static void FN(close_losses)(const struct pl_task *task, const REAL *max, const 
   }
 }
 
-/* What is given with the rows; `counts` has all classes that are not masked out. */
+/* What is given with the rows. `counts` has the classes that are not masked out, and becomes 0 where the label is ignored.
+ * Returns the flat index of the first label outside [0, classes) that is not, or -1. */
 static int64_t FN(look_at_rows)(const struct pl_task *task, int64_t r, int64_t rows, struct FN(losses) * losses)
 {
   int64_t bad = -1;
@@ -251,7 +246,7 @@ static int64_t FN(look_at_rows)(const struct pl_task *task, int64_t r, int64_t r
     losses->label[l] = 0;
     if (!task->labels.data) continue;
     const int64_t label = FN(label)(task, row, 0);
-    if (FN(is_ignored)(task, row)) {
+    if (task->losses.has_ignore_index && label == task->losses.ignore_index) {
       losses->counts[l] = 0;
     } else if (label < 0 || label >= task->classes) {
       if (bad == -1) bad = FN(flat_label)(task, row, 0);
@@ -262,7 +257,7 @@ static int64_t FN(look_at_rows)(const struct pl_task *task, int64_t r, int64_t r
   return bad;
 }
 
-/* The sums over q of rows with labels: there is one, the label's weight. */
+/* The sums over q where there are labels: the label's weight there, and 0 elsewhere. */
 static void FN(weigh_labels)(const struct pl_task *task, const REAL *max, struct FN(losses) * losses)
 {
   const REAL *weight = task->losses.weight;
@@ -279,7 +274,7 @@ static int64_t FN(write_losses)(const struct pl_task *task, int64_t r, int64_t r
                                 struct FN(temperature) t, const struct FN(slot) * slots, const REAL *max,
                                 const struct FN(closings) * f)
 {
-  const bool hard = task->labels.data, short_rows = task->classes <= BLOCK;
+  const bool soft = !task->labels.data, short_rows = task->classes <= BLOCK;
   struct FN(losses) losses;
   for (int64_t l = 0; l < LANES; l++) {
     const struct FN(spread) *spread = &slots[l < rows ? l : 0].row.spread;
@@ -292,7 +287,7 @@ static int64_t FN(write_losses)(const struct pl_task *task, int64_t r, int64_t r
   const int64_t bad = FN(look_at_rows)(task, r, rows, &losses);
   for (int64_t l = 0; l < LANES; l++) {
     const struct FN(slot) *slot = &slots[l < rows ? l : 0];
-    if (hard) {
+    if (!soft) {
       losses.target[l] = short_rows ? slot->x[losses.label[l]] : slot->row.spread.target;
       continue;
     }
@@ -303,12 +298,12 @@ static int64_t FN(write_losses)(const struct pl_task *task, int64_t r, int64_t r
     losses.mass[l] = mass.hi;
     losses.mass_lo[l] = mass.lo;
   }
-  if (hard) FN(weigh_labels)(task, max, &losses);
+  if (!soft) FN(weigh_labels)(task, max, &losses);
   FN(close_losses)(task, max, f, t, &losses);
   if (first == 0) FN(store_line)(task, r, rows, losses.value);
   for (int64_t i = 0; task->losses.grad.data && i < rows; i++) {
     const struct FN(slot) *slot = &slots[i];
-    const int64_t label = hard ? losses.label[i] : -1;
+    const int64_t label = soft ? -1 : losses.label[i];
     const struct FN(loss)
         loss = {losses.value[i], {losses.factor[i], losses.factor_lo[i]}, losses.of_target[i], losses.of_class[i]};
     REAL term = 0;
@@ -316,7 +311,7 @@ static int64_t FN(write_losses)(const struct pl_task *task, int64_t r, int64_t r
       FN(write_nothing)(task, r + i, first, last, slot->room);
       continue;
     }
-    if (hard) term = short_rows ? slot->e[label] : FN(term)(losses.target[i], slot->blocks[label / BLOCK].max, t);
+    if (!soft) term = short_rows ? slot->e[label] : FN(term)(losses.target[i], slot->blocks[label / BLOCK].max, t);
     FN(write_slopes)(task, r + i, first, last, end, t, slot, &loss, label, term);
   }
   return bad;

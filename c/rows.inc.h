@@ -19,7 +19,7 @@ struct FN(pair) {
 
 /* PL_CROSS_ENTROPY: the label's logit, and what label smoothing needs of the classes that are not masked out. */
 struct FN(spread) {
-  REAL target;          /* 0 in the blocks without the label */
+  REAL target;          /* of rows of several blocks; 0 in those without the label */
   REAL count;           /* of the classes; not 0 is all that is sure of it without smoothing */
   struct FN(pair) mass; /* the sum of their weights */
   struct FN(pair) dot;  /* the sum of weight * (max - x), with 0 for a max that is not finite */
@@ -474,37 +474,33 @@ INLINE void FN(add_group_of)(struct FN(lanes) * lanes, const REAL *x, VEC origin
   }
 }
 
-/* The terms of a group, those of the maximum left out and counted. `keep` stores all terms in e; `distances`, unless it is
- * NULL, gets those from the maximum. */
-INLINE int FN(group_terms)(struct FN(parts) * terms, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep,
-                           struct FN(lanes) * distances)
+/* The terms of vector v of each line of a group, those of the maximum left out and counted. `keep` stores all terms in e;
+ * `distances`, unless it is NULL, gets those from the maximum. */
+INLINE int FN(column_terms)(struct FN(parts) * terms, int v, const REAL *x, REAL *e, const struct FN(origin) * o, bool keep,
+                            struct FN(lanes) * distances)
 {
+  VEC logits[LINES_PER_GROUP];
   int ones = 0;
-  EACH_VEC(v)
-  {
-    VEC logits[LINES_PER_GROUP];
-    struct FN(parts) *term = terms + v / VEC_LANES * LINES_PER_GROUP;
+  for (int i = 0; i < LINES_PER_GROUP; i++) {
+    logits[i] = FN(vec_load)(x + i * LANES + v * VEC_LANES);
+    terms[i] = FN(parts_of)(logits[i], o);
+  }
+  for (int i = 0; keep && i < LINES_PER_GROUP; i++)
+    FN(vec_store)(e + i * LANES + v * VEC_LANES, terms[i].value); /* e may be x */
+  if (distances) FN(add_distance)(distances, v, logits, o->max);
+  const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
+  if (__builtin_expect(FN(vec_count_equal)(top, o->max) != 0, 0)) {
     for (int i = 0; i < LINES_PER_GROUP; i++) {
-      logits[i] = FN(vec_load)(x + i * LANES + v);
-      term[i] = FN(parts_of)(logits[i], o);
-    }
-    for (int i = 0; keep && i < LINES_PER_GROUP; i++) FN(vec_store)(e + i * LANES + v, term[i].value); /* e may be x */
-    if (distances) FN(add_distance)(distances, v / VEC_LANES, logits, o->max);
-    const VEC top = FN(vec_larger)(FN(vec_larger)(logits[0], logits[1]), FN(vec_larger)(logits[2], logits[3]));
-    if (__builtin_expect(FN(vec_count_equal)(top, o->max) != 0, 0)) {
-      for (int i = 0; i < LINES_PER_GROUP; i++) {
-        ones += FN(vec_count_equal)(logits[i], o->max);
-        FN(leave_out)(&term[i], logits[i], o->max);
-      }
+      ones += FN(vec_count_equal)(logits[i], o->max);
+      FN(leave_out)(&terms[i], logits[i], o->max);
     }
   }
   return ones;
 }
 
-INLINE void FN(add_group)(struct FN(lanes) * lanes, const struct FN(parts) * terms)
+INLINE void FN(add_column)(struct FN(lanes) * lanes, int v, const struct FN(parts) * terms)
 {
-  for (int v = 0; v < LINE_VECS; v++)
-    for (int i = 0; i < LINES_PER_GROUP; i++) FN(add_term)(&lanes->sum[v], &lanes->lo[v], terms[v * LINES_PER_GROUP + i]);
+  for (int i = 0; i < LINES_PER_GROUP; i++) FN(add_term)(&lanes->sum[v], &lanes->lo[v], terms[i]);
 }
 
 /* The same of the line at c, one of the last that are no group. */
@@ -631,25 +627,34 @@ INLINE void FN(ask_for_group)(const REAL *next, const REAL *to, int64_t c, bool 
   }
 }
 
-/* The terms of n elements; returns how often the maximum was met. A group's terms are added while the next one's are made: in
- * their own turn they waited for them, and held up what was behind. */
+/* The terms of n elements; returns how often the maximum was met. Where a line is one vector, its terms are added while the
+ * next group's are made: in their own turn, waiting for them, they held up what was behind, for a tenth of the time of a row in
+ * cache. Shorter vectors are more than there are registers to wait in. */
 INLINE int FN(add_terms)(struct FN(lanes) * result, const REAL *x, REAL *e, int64_t n, const struct FN(origin) * o, bool keep,
                          const REAL *next, const REAL *to, struct FN(lanes) * distances)
 {
   struct FN(lanes) lanes, apart, *others = distances ? &apart : NULL;
-  struct FN(parts) terms[GROUP / VEC_LANES];
+  struct FN(parts) terms[LINES_PER_GROUP];
   const int64_t whole = n / GROUP * GROUP;
   int ones = 0;
   for (int v = 0; v < LINE_VECS; v++) lanes.sum[v] = lanes.lo[v] = apart.sum[v] = apart.lo[v] = FN(vec_fill)(0);
-  if (whole) {
+  if (LINE_VECS == 1 && whole) {
     FN(ask_for_group)(next, to, 0, keep);
-    ones = FN(group_terms)(terms, x, e, o, keep, others);
+    ones = FN(column_terms)(terms, 0, x, e, o, keep, others);
     for (int64_t c = GROUP; c < whole; c += GROUP) {
       FN(ask_for_group)(next, to, c, keep);
-      FN(add_group)(&lanes, terms);
-      ones += FN(group_terms)(terms, x + c, e + c, o, keep, others);
+      FN(add_column)(&lanes, 0, terms);
+      ones += FN(column_terms)(terms, 0, x + c, e + c, o, keep, others);
     }
-    FN(add_group)(&lanes, terms);
+    FN(add_column)(&lanes, 0, terms);
+  }
+  for (int64_t c = 0; LINE_VECS > 1 && c < whole; c += GROUP) {
+    FN(ask_for_group)(next, to, c, keep);
+#pragma GCC unroll 16
+    for (int v = 0; v < LINE_VECS; v++) {
+      ones += FN(column_terms)(terms, v, x + c, e + c, o, keep, others);
+      FN(add_column)(&lanes, v, terms);
+    }
   }
   if (distances && whole < n) {
     REAL tail[GROUP];
@@ -840,7 +845,7 @@ static struct FN(spread) FN(spread_block)(const struct pl_task *task, int64_t r,
   const REAL *weight = task->losses.weight;
   const REAL origin = FN(finite)(max) ? max : 0;
   int64_t count = n;
-  if (task->labels.data) {
+  if (task->labels.data && task->classes > BLOCK) {
     const int64_t label = FN(label)(task, r, 0); /* an ignored one may be any number */
     if (label >= first && label < first + n) s.target = x[label - first];
   }
@@ -1095,7 +1100,9 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
 {
   const int64_t n = task->classes;
   const struct pl_view *whole = pl_whole(task);
-  const bool scoring = task->operation == PL_SCORE, loss = task->operation == PL_CROSS_ENTROPY;
+  const bool scoring = task->operation == PL_SCORE;
+  /* else it is as run_rows has set it */
+  const bool spread = task->operation == PL_CROSS_ENTROPY && (task->losses.label_smoothing || task->where.data);
   const bool keep = whole || scoring; /* by log_softmax for the sake of `to` */
   const bool as_is = FN(as_is)(task, &task->logits, task->dtype) && !task->losses.softcap;
   const bool plain = FN(is_plain)(t), spreading = FN(spreads_evenly)(task);
@@ -1110,8 +1117,7 @@ static void FN(reduce_short_rows)(const struct pl_task *task, int64_t r, int64_t
   for (int64_t i = 0; i < rows; i++) {
     next[i] = FN(next_block)(task, &task->logits, r + i + rows - 1, n, end, slots[i].room);
     to[i] = whole ? (const REAL *)(void *)FN(row_at)(task, whole, r + i) : next[i];
-    if (loss && (task->losses.label_smoothing || task->where.data))
-      slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
+    if (spread) slots[i].row.spread = FN(spread_block)(task, r + i, 0, slots[i].x, max[i], slots[i].first);
   }
   const bool near = FN(all_near)(max, rows, t);
   if (!near || (spreading && !plain)) {

@@ -16,10 +16,9 @@ static int64_t FN(slabs)(const struct pl_task *task)
  * losses with options and for scores. */
 static bool FN(by_tile)(const struct pl_task *task, int64_t rows)
 {
-  const bool backward = pl_is_backward(task);
-  const int64_t most = backward ? TILE / 2 : FN(slabs)(task) > 1 ? 2 * TILE / FN(slabs)(task) : TILE; /* by the room there is */
-  const bool whole = pl_whole(task);
-  const int64_t few = (FN(slabs)(task) == 1 ? 5 : whole ? 6 : 8) * LANES;
+  const int64_t slabs = FN(slabs)(task);
+  const int64_t most = pl_is_backward(task) ? TILE / 2 : slabs > 1 ? 2 * TILE / slabs : TILE; /* by the room there is */
+  const int64_t few = (slabs == 1 ? 5 : pl_whole(task) ? 6 : 8) * LANES;
   const int64_t picks = task->operation == PL_SCORE ? task->picks : 1;
   if (rows < LANES / 2 || picks > TILE_PICKS || (picks > 1 && task->classes > GROUP)) return false;
   return task->classes <= few || (task->classes <= most && FN(side_by_side)(task));
@@ -142,8 +141,8 @@ static int64_t FN(run_rows)(const struct pl_task *task, int64_t begin, int64_t e
   for (int64_t i = 0; i < batch; i++) {
     slots[i].blocks = joined;
     slots[i].terms = slots[i].to = NULL;
-    slots[i].row.dot = slots[i].row.squares = 0; /* only PL_SCORE has them */
-    slots[i].row.spread = (struct FN(spread)){.count = (REAL)task->classes};
+    slots[i].row.dot = slots[i].row.squares = 0;                             /* only PL_SCORE has them */
+    slots[i].row.spread = (struct FN(spread)){.count = (REAL)task->classes}; /* without a mask or smoothing, of short rows */
     FN(give_room)(&slots[i], scratch, i * row_size);
     slots[i].top_index = top_index ? top_index + i * kept : NULL;
     slots[i].top_x = top_x ? top_x + i * kept : NULL;

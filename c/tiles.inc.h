@@ -657,11 +657,11 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   REAL *x = tile->x, *q = tile->q, *slopes = tile->other;
   const bool soft = !task->labels.data;
   if (soft) FN(load_target_tile)(task, tile, q);
-  REAL of_label[LANES];
-  for (int64_t l = 0; l < LANES; l++) of_label[l] = x[loss->label[l] * LANES + l];
+  REAL at_label[LANES]; /* the labels' terms, then their gradients */
+  for (int64_t l = 0; l < LANES; l++) at_label[l] = x[loss->label[l] * LANES + l];
   for (int l = 0; l < LANES; l++) { /* mass is the label's weight */
-    const REAL term = of_label[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
-    of_label[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
+    const REAL term = at_label[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
+    at_label[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
   }
   for (int64_t c = 0; c < classes; c++) {
     const VEC of_class = FN(vec_fill)(weight ? weight[c] : 1), zero = FN(vec_fill)(0), one = FN(vec_fill)(1);
@@ -679,7 +679,7 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
       FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, -minus)) * drop);
     }
   }
-  for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = of_label[l];
+  for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = at_label[l];
   if (task->losses.softcap) {
     FN(load_tile)(task, &task->logits, task->dtype, tile->r, tile->rows, slopes);
     FN(cap)(task, slopes, NULL, slopes, size);
