@@ -21,7 +21,7 @@ static struct FN(options) FN(options_of)(const struct pl_task *task)
 struct FN(loss) {
   REAL value;
   struct FN(pair) factor; /* of the terms */
-  REAL keep, even;        /* of q; of each class's weight */
+  REAL keep, even;        /* of q; of each class's weight: what is added to the terms */
 };
 
 /* dot and mass: the sums of q (max - x) and q; the same of the class weights alone are in `spread`. A one-hot q has the bits of
@@ -56,8 +56,9 @@ INLINE struct FN(loss)
   return (struct FN(loss)){
       .value = FN(rounded)(loss),
       .factor = FN(times)(FN(times)(outer, slope), (struct FN(pair)){f.reciprocal, f.reciprocal_lo}),
-      .keep = main.hi + main.lo,
-      .even = rest.hi + rest.lo,
+      /* negative from here on: GCC makes one operation of a negated FMA, and its zero may have the other sign */
+      .keep = -(main.hi + main.lo),
+      .even = -(rest.hi + rest.lo),
   };
 }
 
@@ -157,19 +158,19 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
   const char *where = FN(row_at)(task, &task->where, r);
   const struct FN(sink) sink = FN(sink_at)(task, r);
   const REAL *weight = task->losses.weight;
-  REAL *room = slot->room, *minuses = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
+  REAL *room = slot->room, *addends = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
   const bool soft = task->losses.probabilities.data, softcap = task->losses.softcap != 0;
-  struct FN(line) line = {.factor = loss->factor.hi, .factor_lo = loss->factor.lo, .minus = loss->even};
-  if (soft || (weight && loss->even != 0)) line.minuses = minuses;
+  struct FN(line) line = {.factor = loss->factor.hi, .factor_lo = loss->factor.lo, .addend = loss->even};
+  if (soft || (weight && loss->even != 0)) line.addends = addends;
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b), at = label - b * BLOCK;
     const REAL *of_class = weight ? weight + b * BLOCK : NULL;
     REAL *result = FN(place)(&sink, b, room);
     if (soft) {
-      const REAL *q = FN(targets_at)(task, r, b, n, minuses);
-      for (int64_t c = 0; c < n; c++) minuses[c] = FMA(q[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
-    } else if (line.minuses) {
-      for (int64_t c = 0; c < n; c++) minuses[c] = of_class[c] * loss->even;
+      const REAL *q = FN(targets_at)(task, r, b, n, addends);
+      for (int64_t c = 0; c < n; c++) addends[c] = FMA(q[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
+    } else if (line.addends) {
+      for (int64_t c = 0; c < n; c++) addends[c] = of_class[c] * loss->even;
     }
     struct FN(line) of_block = line;
     REAL shrink = 1;
@@ -181,8 +182,8 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
     }
     if (at >= 0 && at < n) {
       const REAL of_label = of_class ? of_class[at] : 1, term = label_term * shrink;
-      const REAL minus = FMA(of_label, loss->keep, of_label * loss->even);
-      result[at] = FMA(term, of_block.factor, FMA(term, of_block.factor_lo, -minus));
+      const REAL addend = FMA(of_label, loss->keep, of_label * loss->even);
+      result[at] = FMA(term, of_block.factor, FMA(term, of_block.factor_lo, addend));
     }
     for (int64_t c = 0; softcap && c < n; c++) result[c] *= slopes[c];
     FN(mask_block)(task, where, b, result, n, 0);

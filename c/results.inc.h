@@ -144,33 +144,33 @@ static inline REAL FN(brier)(REAL term, REAL sum, REAL squares, REAL scaled_reci
   return FMA(sum, sum, squares) * reciprocal * reciprocal + 2 * below * reciprocal;
 }
 
-/* The second pass over a row: from its terms e, (factor * e - minus) * drop. */
+/* The second pass over a row: from its terms e, (factor * e + addend) * drop. */
 struct FN(line) {
   REAL factor, factor_lo;
-  REAL minus;          /* of all elements, or */
-  const REAL *minuses; /* of each */
+  REAL addend;         /* of all elements, or */
+  const REAL *addends; /* of each */
   REAL drop;           /* see lifted */
 };
 
-INLINE VEC FN(along)(VEC term, const struct FN(line) * line, VEC minus)
+INLINE VEC FN(along)(VEC term, const struct FN(line) * line, VEC addend)
 {
-  const VEC product = FN(vec_fma)(term, FN(vec_fill)(line->factor_lo), -minus);
+  const VEC product = FN(vec_fma)(term, FN(vec_fill)(line->factor_lo), addend);
   return FN(vec_fma)(term, FN(vec_fill)(line->factor), product) * FN(vec_fill)(line->drop);
 }
 
-/* What has nothing subtracted may become as small as a probability, and is computed as one. */
+/* What has nothing added may become as small as a probability, and is computed as one. */
 static struct FN(line) FN(lifted)(struct FN(line) line)
 {
-  const bool alone = !line.minuses && line.minus == 0;
+  const bool alone = !line.addends && line.addend == 0;
   line.factor *= alone ? LIFT : 1;
   line.factor_lo *= alone ? LIFT : 1;
   line.drop = alone ? 1 / LIFT : 1;
   return line;
 }
 
-INLINE VEC FN(minus_at)(const struct FN(line) * line, int64_t c, int64_t n)
+INLINE VEC FN(addend_at)(const struct FN(line) * line, int64_t c, int64_t n)
 {
-  return line->minuses ? FN(vec_load_part)(line->minuses + c, n, FN(vec_fill)(0)) : FN(vec_fill)(line->minus);
+  return line->addends ? FN(vec_load_part)(line->addends + c, n, FN(vec_fill)(0)) : FN(vec_fill)(line->addend);
 }
 
 /* From the terms that start_block kept. */
@@ -178,15 +178,15 @@ static void FN(scale_terms)(const REAL *e, REAL *result, int64_t n, const struct
 {
   const struct FN(line) lifted = FN(lifted)(*given), *line = &lifted;
   int64_t c = 0;
-  if (!line->minuses) {
-    const VEC minus = FN(vec_fill)(line->minus);
+  if (!line->addends) {
+    const VEC addend = FN(vec_fill)(line->addend);
 #pragma GCC unroll 4
-    for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(along)(FN(vec_load)(e + c), line, minus));
+    for (; c + VEC_LANES <= n; c += VEC_LANES) FN(vec_store)(result + c, FN(along)(FN(vec_load)(e + c), line, addend));
   }
   for (; c < n; c += VEC_LANES) {
     const int64_t part = FN(part)(n, c);
     const VEC term = FN(vec_load_part)(e + c, part, FN(vec_fill)(0));
-    FN(vec_store_part)(result + c, part, FN(along)(term, line, FN(minus_at)(line, c, part)));
+    FN(vec_store_part)(result + c, part, FN(along)(term, line, FN(addend_at)(line, c, part)));
   }
 }
 

@@ -660,23 +660,23 @@ static void FN(write_slope_tile)(const struct pl_task *task, struct FN(tile) * t
   REAL at_label[LANES]; /* the labels' terms, then their gradients */
   for (int64_t l = 0; l < LANES; l++) at_label[l] = x[loss->label[l] * LANES + l];
   for (int l = 0; l < LANES; l++) { /* mass is the label's weight */
-    const REAL term = at_label[l], minus = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
-    at_label[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], -minus));
+    const REAL term = at_label[l], addend = FMA(loss->mass[l], loss->of_target[l], loss->mass[l] * loss->of_class[l]);
+    at_label[l] = FMA(term, loss->factor[l], FMA(term, loss->factor_lo[l], addend));
   }
   for (int64_t c = 0; c < classes; c++) {
     const VEC of_class = FN(vec_fill)(weight ? weight[c] : 1), zero = FN(vec_fill)(0), one = FN(vec_fill)(1);
     EACH_VEC(v)
     {
       const VEC term = FN(vec_load)(x + c * LANES + v), even = FN(vec_load)(loss->of_class + v);
-      VEC minus = FN(vec_if_equal)(even, zero, even, of_class * even); /* not -0 for a negative weight: as in write_slopes */
+      VEC addend = FN(vec_if_equal)(even, zero, even, of_class * even); /* not -0 for a negative weight: as in write_slopes */
       VEC lift = FN(vec_if_equal)(even, zero, FN(vec_fill)(LIFT), one),
           drop = FN(vec_if_equal)(even, zero, FN(vec_fill)(1 / LIFT), one); /* as in `lifted` */
       if (soft) { /* by the compiler's mask, loads of what was never written took ten times as long as all else */
-        minus = FN(vec_fma)(FN(vec_load)(q + c * LANES + v), FN(vec_load)(loss->of_target + v), minus);
+        addend = FN(vec_fma)(FN(vec_load)(q + c * LANES + v), FN(vec_load)(loss->of_target + v), addend);
         lift = drop = one;
       }
       const VEC factor = FN(vec_load)(loss->factor + v) * lift, factor_lo = FN(vec_load)(loss->factor_lo + v) * lift;
-      FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, -minus)) * drop);
+      FN(vec_store)(x + c * LANES + v, FN(vec_fma)(term, factor, FN(vec_fma)(term, factor_lo, addend)) * drop);
     }
   }
   for (int64_t l = 0; !soft && l < LANES; l++) x[loss->label[l] * LANES + l] = at_label[l];

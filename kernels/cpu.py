@@ -920,8 +920,8 @@ def probability(e, reciprocal, reciprocal_lo):
 
 
 @inlined
-def along(e, factor, minus):
-    return fma(e, factor[0], fma(e, factor[1], -minus))
+def along(e, factor, addend):
+    return fma(e, factor[0], fma(e, factor[1], addend))
 
 
 @inlined
@@ -1325,11 +1325,11 @@ def keep_block(x, e, result, maximum, t, upcoming):
 
 
 @helper
-def scale_kept(e, scaling, minuses, minus, result):
+def scale_kept(e, scaling, addends, addend, result):
     """Results from the terms of a block that were kept, be it in their place, and from what scaling_of said."""
     for c in range(0 if scaling[2] == constants(e[0]).one else result.size):
         e[c] *= scaling[2]
-    scale_terms(e, scaling[:2], minuses, minus, result)
+    scale_terms(e, scaling[:2], addends, addend, result)
 
 
 @allocating
@@ -1578,7 +1578,8 @@ def dot_targets(logits, where, probabilities, weight, cap, r, maximum, staged, x
 
 @helper
 def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_grad):
-    """The loss, and for its gradient the factor of the terms, and those of q and of each class's weight in minus."""
+    """The loss, and for its gradient the factor of the terms, and those of q and of each class's weight in what is
+    added to them."""
     k = constants(maximum)
     log1p = f[:2]
     keep, even = (k.one - numbers.label_smoothing, k.zero), (numbers.label_smoothing / spread.count, k.zero)
@@ -1596,7 +1597,7 @@ def close_loss(numbers, maximum, f, t, dot, mass, spread, sample_weight, loss_gr
     outer = times(times((numbers.scale, numbers.scale_lo), (sample_weight, k.zero)), (loss_grad, k.zero))
     main, rest = times(outer, keep), times(outer, even)
     factor = times(times(outer, slope), f[2:])
-    return Loss(select(finite(hi), hi + lo, hi), factor, main[0] + main[1], rest[0] + rest[1])
+    return Loss(select(finite(hi), hi + lo, hi), factor, -(main[0] + main[1]), -(rest[0] + rest[1]))
 
 
 @allocating
@@ -1904,10 +1905,10 @@ def store_line(out, line, r, rows):
 
 
 @inlined
-def minus_at(minuses, c, minus):
-    if minuses is None:
-        return every_lane(minus)
-    return line_at(minuses, c)
+def addend_at(addends, c, addend):
+    if addends is None:
+        return every_lane(addend)
+    return line_at(addends, c)
 
 
 @inlined
@@ -1918,43 +1919,43 @@ def closing_of(closings, lane):
 
 
 @helper
-def scale_terms(e, factor, minuses, minus, result):
-    """Results factor * e - minus from the terms that reduce_block kept; `minuses` has one for each, if it is not None."""
+def scale_terms(e, factor, addends, addend, result):
+    """Results factor * e + addend from the terms that reduce_block kept; `addends` has one for each, if it is not None."""
     k = constants(e[0])
-    factor, drop = lifted(factor, minuses is None and minus == k.zero)
+    factor, drop = lifted(factor, addends is None and addend == k.zero)
     whole = result.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(line_at(e, c), factor, minus_at(minuses, c, minus)) * drop)
+        put_line(result, c, along(line_at(e, c), factor, addend_at(addends, c, addend)) * drop)
     if whole < result.size:
         left = result.size - whole
-        line = along(part_at(e, whole, left, k.zero), factor, minus_at(minuses, whole, minus)) * drop
+        line = along(part_at(e, whole, left, k.zero), factor, addend_at(addends, whole, addend)) * drop
         put_part(result, whole, result.size - whole, line)
 
 
 @helper
-def write_near_terms(x, maximum, t, factor, shrink, minuses, minus, result):
+def write_near_terms(x, maximum, t, factor, shrink, addends, addend, result):
     k = constants(maximum)
-    factor, drop = lifted(factor, minuses is None and minus == k.zero)
+    factor, drop = lifted(factor, addends is None and addend == k.zero)
     whole = x.size // k.lanes * k.lanes
     for c in range(0, whole, k.lanes):
-        put_line(result, c, along(terms(line_at(x, c), maximum, t) * shrink, factor, minus_at(minuses, c, minus)) * drop)
+        put_line(result, c, along(terms(line_at(x, c), maximum, t) * shrink, factor, addend_at(addends, c, addend)) * drop)
     if whole < x.size:
         part = part_at(x, whole, x.size - whole, k.zero)
-        line = along(terms(part, maximum, t) * shrink, factor, minus_at(minuses, whole, minus)) * drop
+        line = along(terms(part, maximum, t) * shrink, factor, addend_at(addends, whole, addend)) * drop
         put_part(result, whole, x.size - whole, line)
 
 
 @helper
-def write_terms(x, room, maximum, t, scaling, minuses, minus, result):
+def write_terms(x, room, maximum, t, scaling, addends, addend, result):
     """The same from the logits of a block, whose maximum and what scaling_of said are given."""
     factor, shrink = scaling[:2], scaling[2]
     if is_far(maximum, t):
         come_near(x, maximum, room)
         x, maximum = section(room, 0, x.size), maximum - maximum
     if is_plain(t):
-        write_near_terms(x, maximum, None, factor, shrink, minuses, minus, result)
+        write_near_terms(x, maximum, None, factor, shrink, addends, addend, result)
     else:
-        write_near_terms(x, maximum, t, factor, shrink, minuses, minus, result)
+        write_near_terms(x, maximum, t, factor, shrink, addends, addend, result)
 
 
 @helper
@@ -2245,8 +2246,8 @@ def write_slopes(
         result = packed(place) if direct else section(x, 0, n)
         targets = targets_at(probabilities, where, weight, r, first, q) if soft else section(q, 0, n)
         for c in range(0, n if soft or weighted else 0, k.lanes):
-            minus = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
-            put_line(q, c, fma(line_of(targets, c), loss.keep, minus) if soft else minus)
+            addend = line_of(weight, first + c) * loss.even if weighted else every_lane(loss.even)
+            put_line(q, c, fma(line_of(targets, c), loss.keep, addend) if soft else addend)
         if cap.softcap != k.zero:  # before the logits may be overwritten
             load(slopes, block_of(logits, r, first))
             cap_row(slopes, n, cap, True)
@@ -2268,9 +2269,9 @@ def write_slopes(
                 write_terms(staged, e, near, t, scaling, None, loss.even, result)
         if first <= label < first + n:
             of_label = weight[label] if weight.size else k.one
-            minus = fma(of_label, loss.keep, of_label * loss.even)
+            addend = fma(of_label, loss.keep, of_label * loss.even)
             term_ = e[label] if short else term(target, of_block, t)
-            result[label - first] = along(term_ * scaling[2], scaling[:2], minus)
+            result[label - first] = along(term_ * scaling[2], scaling[:2], addend)
         if cap.softcap != k.zero:
             for c in range(n):
                 result[c] *= slopes[c]
@@ -2406,11 +2407,11 @@ def loss_tiles(
             even = loss.even
             if weight.size:  # not -0 for a negative weight, as in write_slopes
                 even = select(even == k.zero, even, weight[c] * even)
-            minus = even if hard else fma(line_at(q, c * lanes), loss.keep, even)
+            addend = even if hard else fma(line_at(q, c * lanes), loss.keep, even)
             factor, drop = loss.factor, every_lane(k.one)
             if hard:
                 factor, drop = lifted(loss.factor, loss.even == k.zero)
-            put_line(x, c * lanes, along(line_at(x, c * lanes), factor, minus) * drop)
+            put_line(x, c * lanes, along(line_at(x, c * lanes), factor, addend) * drop)
         if hard:
             for lane in range(lanes):
                 x[picked[lane] * lanes + lane] = per_row[lanes + lane]

@@ -220,3 +220,13 @@ def test_a_temperature_whose_inverse_overflows(classes, backend, dtype):
         np.testing.assert_array_equal(together[0], function(x[0], temperature=temperature))
     share = dtype.type(1) / dtype.type((x[0] == 1).sum())
     np.testing.assert_array_equal(pylogits.softmax(x, temperature=temperature), np.where(x == 1, share, 0))
+
+
+def test_zeros_have_one_sign(backend, dtype):
+    """A label of weight 0: GCC made one operation of a negated multiply-add, whose zero was of the other sign."""
+    logits = np.zeros((16, 3), dtype)
+    logits[:, 0] = 10_000
+    options = {"weight": np.array([1, 0, 1], dtype), "z_loss": 0.1, "loss_grad": -1.0, "reduction": "sum"}
+    for rows in (1, 3, 16):
+        _, grad = pylogits.cross_entropy_value_and_grad(logits[:rows], np.ones(rows, int), **options)
+        np.testing.assert_array_equal(np.signbit(grad), [[True, False, True]] * rows)
