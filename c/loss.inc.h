@@ -161,14 +161,15 @@ static void FN(write_slopes)(const struct pl_task *task, int64_t r, int64_t firs
   REAL *room = slot->room, *addends = slot->first, *slopes = slot->other; /* slopes of the softcap: from stage */
   const bool soft = task->losses.probabilities.data, softcap = task->losses.softcap != 0;
   struct FN(line) line = {.factor = loss->factor.hi, .factor_lo = loss->factor.lo, .addend = loss->even};
-  if (soft || (weight && loss->even != 0)) line.addends = addends;
+  const bool weighted = weight && loss->even != 0; /* 0 times a negative weight is -0 */
+  if (soft || weighted) line.addends = addends;
   for (int64_t b = first; b < last; b++) {
     const int64_t n = FN(block_length)(task, b), at = label - b * BLOCK;
     const REAL *of_class = weight ? weight + b * BLOCK : NULL;
     REAL *result = FN(place)(&sink, b, room);
     if (soft) {
       const REAL *q = FN(targets_at)(task, r, b, n, addends);
-      for (int64_t c = 0; c < n; c++) addends[c] = FMA(q[c], loss->keep, of_class ? of_class[c] * loss->even : loss->even);
+      for (int64_t c = 0; c < n; c++) addends[c] = FMA(q[c], loss->keep, weighted ? of_class[c] * loss->even : loss->even);
     } else if (line.addends) {
       for (int64_t c = 0; c < n; c++) addends[c] = of_class[c] * loss->even;
     }

@@ -2238,7 +2238,7 @@ def write_slopes(
     """The gradient of a row, with the logit of its label. Its terms are in e, if it is `short`, or `in_place`."""
     k = constants(maximum)
     soft = probabilities.shape[1] != 0
-    weighted = weight.size != 0 and (soft or loss.even != k.zero)
+    weighted = weight.size != 0 and loss.even != k.zero  # 0 times a negative weight is -0
     for first in range(0, logits.shape[1], k.block):
         place = block_of(grad, r, first)
         n = place.size

@@ -230,3 +230,20 @@ def test_zeros_have_one_sign(backend, dtype):
     for rows in (1, 3, 16):
         _, grad = pylogits.cross_entropy_value_and_grad(logits[:rows], np.ones(rows, int), **options)
         np.testing.assert_array_equal(np.signbit(grad), [[True, False, True]] * rows)
+
+
+def test_zeros_of_targets_have_one_sign(backend, dtype):
+    """A target of 0, whose class has a negative weight: rows by themselves had another zero than many together."""
+    logits = np.zeros((16, 3), dtype)
+    logits[:, 1] = -np.inf
+    targets = np.array([[0.5, 0, 0.5]], dtype).repeat(16, 0)
+    weight = np.array([1, -1, 1], dtype)
+    for upstream in (1, -1):
+        grads = [
+            pylogits.cross_entropy_value_and_grad(
+                logits[:rows], targets[:rows], weight=weight, loss_grad=np.full(rows, upstream, dtype), reduction="none"
+            )[1][0]
+            for rows in (1, 3, 16)
+        ]
+        for grad in grads:
+            np.testing.assert_array_equal(np.signbit(grad), np.signbit(grads[-1]))
