@@ -513,7 +513,7 @@ INLINE void FN(add_column)(struct FN(lanes) * lanes, int v, const struct FN(colu
   for (int i = 0; i < LINES_PER_GROUP; i++) FN(add_term)(&lanes->sum[v], &lanes->lo[v], column->terms[i]);
 }
 
-/* The same of the line at c, one of the last that are no group. */
+/* The line at c, one of the last that are no group: its terms are made and added at once, and those of the maximum counted. */
 INLINE int FN(add_last_line)(struct FN(lanes) * lanes, const REAL *x, REAL *e, int64_t n, int64_t c,
                              const struct FN(origin) * o, bool keep)
 {
