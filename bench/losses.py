@@ -77,9 +77,9 @@ class Loss(NamedTuple):
 
 def option_goals(shape, option):
     """Return the goals of a call with an option."""
-    if shape == LONG and option not in MORE_BYTES:
-        return {"plain": 1.15}
-    return {"plain": 2.0} if shape == MEDIUM and option == "softcap" else {}
+    if option == "softcap":
+        return {"plain": 2.0} if shape == MEDIUM else {}
+    return {"plain": 1.15} if shape == LONG and option not in MORE_BYTES else {}
 
 
 CASES = {  # and their goals: most of the time of someone else that C may take

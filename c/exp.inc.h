@@ -115,22 +115,21 @@ static inline REAL FN(exp_pair)(REAL hi, REAL lo, REAL *result_lo)
   return sum * scale;
 }
 
-/* factor * tanh(x), and the derivative of tanh(x), 4 z / (1 + z)^2, from v + v_lo = 2 x in [-40, 40]: z = exp(v) =
- * 2^k (1 + p), and tanh(x) is (z - 1) / (z + 1). What rounding these two and their quotient loses is kept: without, the
- * product was up to 4 ulp off, twice as far as a tanh may be, as a factor can make two ulp of one. */
-INLINE VEC FN(tanh)(VEC v, VEC v_lo, VEC factor, VEC *slope)
+/* factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 0] and half of the factor. z = exp(v) =
+ * 2^k (1 + p), h = (z - 1) / 2, and tanh(x) = h - h tanh(x), where the tanh on the right, (z - 1) / (z + 1), may be an ulp or
+ * two off, as |h| is at most 1/2. What rounding z - 1 loses is kept, so that a product with the factor is at most 2 ulp off: a
+ * rounded tanh would take up to two by itself. The derivative is w (2 - w), w = 2 z / (z + 1). */
+INLINE VEC FN(tanh)(VEC v, VEC v_lo, VEC half, VEC *slope)
 {
-  const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ROUND_SHIFT);
+  const VEC one = FN(vec_fill)(1), shift = FN(vec_fill)(ONE_SHIFT);
   const VEC shifted = FN(vec_fma)(v - FN(vec_fill)(EXP_CENTER), FN(vec_fill)(LOG2_E), shift);
-  const VEC k = shifted - shift, scale = FN(vec_scale)(shifted) * FN(vec_fill)(1 / EXP_SCALE);
+  const VEC k = shifted - shift, scale = FN(vec_scale)(shifted), twice = scale + scale;
   const VEC high = FN(vec_fma)(k, FN(vec_fill)(-LN2_HI), v), low = FN(vec_fma)(k, FN(vec_fill)(-LN2_LO), v_lo);
   const VEC r = high + low, square = r * r, p = high + FN(vec_fma)(FN(exp_tail)(r, square), square, low);
   const VEC less = scale - one, above = FN(vec_fma)(scale, p, less), above_lo = FN(vec_fma)(scale, p, less - above);
-  const VEC more = scale + one, below = FN(vec_fma)(scale, p, more), below_lo = FN(vec_fma)(scale, p, more - below);
-  const VEC inverse = one / below, t = above * inverse, twice = inverse + inverse;
-  const VEC rest = FN(vec_fma)(-t, below, above) + FN(vec_fma)(-t, below_lo, above_lo);
-  *slope = (twice * twice) * FN(vec_fma)(scale, p, scale);
-  return FN(vec_fma)(factor, t, (factor * inverse) * rest);
+  const VEC below = FN(vec_fma)(scale, p, scale + one), w = FN(vec_fma)(twice, p, twice) / below;
+  *slope = w * (FN(vec_fill)(2) - w);
+  return FN(vec_fma)(half, above, half * FN(vec_fma)(-above, above / below, above_lo));
 }
 
 /* log1p(hi + lo) for a pair >= 0, as a pair with a relative error below 2^-26 (float) and 2^-55 (double).

@@ -57,7 +57,8 @@
 #define EXP_LOWEST (-132.35f)        /* in the middle of what is rounded to 2^-191, and scaled by a 0 */
 #define GRID (0x1.8p+23f * 0x1p-13f) /* added and subtracted, it rounds to multiples of 2^-13 */
 #define FAR 512                      /* |maximum / temperature| from which x - maximum is exact for all terms that count */
-#define ROUND_SHIFT (0x1.8p+23f + 127 + 64) /* biased exponent of EXP_SCALE */
+#define ONE_SHIFT (0x1.8p+23f + 127) /* biased exponent of 1 */
+#define ROUND_SHIFT (ONE_SHIFT + 64) /* of EXP_SCALE */
 #define SQRT_HALF_BITS 0x3f3504f3u
 #define LOG2_E 0x1.715476p+0f
 #define LN2_HI 0x1.62ep-1f
@@ -102,6 +103,7 @@ static inline float atanh_tail_f32(float w)
 #undef FAR
 #undef EXP_TERMS
 #undef ROUND_SHIFT
+#undef ONE_SHIFT
 #undef SQRT_HALF_BITS
 #undef LOG2_E
 #undef LN2_HI
@@ -127,7 +129,8 @@ static inline float atanh_tail_f32(float w)
 #define EXP_LOWEST (-1063.9) /* 2^-1535 */
 #define GRID (0x1.8p+52 * 0x1p-33)
 #define FAR 4096
-#define ROUND_SHIFT (0x1.8p+52 + 1023 + 512)
+#define ONE_SHIFT (0x1.8p+52 + 1023)
+#define ROUND_SHIFT (ONE_SHIFT + 512)
 #define SQRT_HALF_BITS 0x3fe6a09e667f3bcdu
 #define LOG2_E 0x1.71547652b82fep+0
 #define LN2_HI 0x1.62e42ffp-1

@@ -35,6 +35,11 @@ typedef __m256d vec_f64;
   {                                                                                                                            \
     return _mm256_max_##ps(a, b);                                                                                              \
   }                                                                                                                            \
+  static inline VEC vec_with_sign_##T(VEC a, VEC b)                                                                            \
+  {                                                                                                                            \
+    const VEC sign = _mm256_set1_##ps(-0.0);                                                                                   \
+    return _mm256_or_##ps(_mm256_andnot_##ps(sign, a), _mm256_and_##ps(sign, b));                                              \
+  }                                                                                                                            \
   static inline VEC vec_scale_##T(VEC a)                                                                                       \
   {                                                                                                                            \
     return _mm256_castsi256_##ps(_mm256_slli_##epi(_mm256_cast##ps##_si256(a), bits));                                         \

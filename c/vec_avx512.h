@@ -34,6 +34,11 @@ typedef __m512d vec_f64;
   {                                                                                                                            \
     return _mm512_max_##ps(a, b);                                                                                              \
   }                                                                                                                            \
+  static inline VEC vec_with_sign_##T(VEC a, VEC b)                                                                            \
+  {                                                                                                                            \
+    const __m512i sign = (__m512i)_mm512_set1_##ps(-0.0);                                                                      \
+    return (VEC)_mm512_ternarylogic_##epi(sign, (__m512i)b, (__m512i)a, 0xca);                                                 \
+  }                                                                                                                            \
   static inline VEC vec_scale_##T(VEC a)                                                                                       \
   {                                                                                                                            \
     return _mm512_castsi512_##ps(_mm512_slli_##epi(_mm512_cast##ps##_si512(a), bits));                                         \

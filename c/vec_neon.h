@@ -26,6 +26,10 @@ typedef float64x2_t vec_f64;
   {                                                                                                                            \
     return vbslq_##T(vcgtq_##T(a, b), a, b);                                                                                   \
   }                                                                                                                            \
+  static inline VEC vec_with_sign_##T(VEC a, VEC b)                                                                            \
+  {                                                                                                                            \
+    return vbslq_##T(vreinterpretq_##U##_##T(vdupq_n_##T(-0.0)), b, a);                                                        \
+  }                                                                                                                            \
   static inline VEC vec_scale_##T(VEC a)                                                                                       \
   {                                                                                                                            \
     return vreinterpretq_##T##_##U(vshlq_n_##U(vreinterpretq_##U##_##T(a), bits));                                             \

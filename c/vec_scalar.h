@@ -34,6 +34,11 @@ typedef double vec_f64;
   {                                                                                                                            \
     return a > b ? a : b;                                                                                                      \
   } /* b where one is a NaN */                                                                                                 \
+  /* |a| with the sign of b. */                                                                                                \
+  static inline REAL vec_with_sign_##T(REAL a, REAL b)                                                                         \
+  {                                                                                                                            \
+    return signbit(a) == signbit(b) ? a : -a;                                                                                  \
+  }                                                                                                                            \
   /* The number whose exponent field holds the lowest bits of a. */                                                            \
   static inline REAL vec_scale_##T(REAL a)                                                                                     \
   {                                                                                                                            \

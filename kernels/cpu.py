@@ -9,6 +9,7 @@ looks for changes only in the file of the function that it compiles.
 
 import hashlib
 import itertools
+import math
 import operator
 import pickle
 import threading
@@ -58,7 +59,7 @@ ROW_SUMS_BYTES = 8 * LINE_BYTES
 Constants = namedtuple(
     "Constants",
     "zero one two half forty infinity nan most lanes block exp_scale exp_center exp_lowest small boost lift grid far "
-    "round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
+    "one_shift round_shift log2_e ln2_hi ln2_lo exp_tail atanh_tail",
 )
 
 
@@ -85,6 +86,7 @@ def _constants(real, exp_scale, exp_lowest, small, boost, lift, grid, far, round
         lift=real(lift),
         grid=real(grid),
         far=real(far),
+        one_shift=real(round_shift - math.log2(exp_scale)),
         round_shift=real(round_shift),
         log2_e=number(ln2[0]),
         ln2_hi=number(ln2[1]),
@@ -192,13 +194,17 @@ def _integer(like, value):
     return ir.Constant(ir.VectorType(integer, like.lanes), [value] * like.lanes)
 
 
+def _call(builder, function, *arguments):
+    """A function of LLVM on numbers, or on lines."""
+    kind = arguments[0].type
+    number, suffix = (kind.element, f"v{kind.count}") if isinstance(kind, ir.VectorType) else (kind, "")
+    of_kind = ir.FunctionType(kind, [kind] * len(arguments))
+    name = f"llvm.{function}.{suffix}{number.intrinsic_name}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, of_kind, name), arguments)
+
+
 def _fma(builder, a, b, c):
-    number, suffix = a.type, ""
-    if isinstance(a.type, ir.VectorType):
-        number, suffix = a.type.element, f"v{a.type.count}"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    name = f"llvm.fma.{suffix}{number.intrinsic_name}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+    return _call(builder, "fma", a, b, c)
 
 
 class ConstantsType(types.Type):
@@ -336,6 +342,18 @@ def polynomial_by_pairs(typingctx, x, square, coefficients):
         return value
 
     return x(x, square, coefficients), codegen
+
+
+@intrinsic
+def with_sign(typingctx, a, b):
+    """|a| with the sign of b."""
+    kind = _widest(a, b)
+
+    def codegen(context, builder, signature, args):
+        vector = context.get_value_type(kind)
+        return _call(builder, "copysign", *(_spread(builder, value, vector) for value in args))
+
+    return kind(a, b), codegen
 
 
 @intrinsic
@@ -751,22 +769,22 @@ def exp_less_one(at, a, b, lo, careful):
 
 
 @inlined
-def tanh(v, v_lo, factor):
-    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 40]."""
+def tanh(v, v_lo, half):
+    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 0] and half of the factor."""
     k = constants(v)
-    shifted = fma(v - k.exp_center, k.log2_e, k.round_shift)
-    n, scale = shifted - k.round_shift, scale_of(shifted) * (k.one / k.exp_scale)
+    shifted = fma(v - k.exp_center, k.log2_e, k.one_shift)
+    n, scale = shifted - k.one_shift, scale_of(shifted)
+    twice = scale + scale
     high, low = fma(n, -k.ln2_hi, v), fma(n, -k.ln2_lo, v_lo)
     r = high + low
     square = r * r
     p = high + fma(polynomial_by_pairs(r, square, k.exp_tail), square, low)
-    less, more = scale - k.one, scale + k.one
-    above, below = fma(scale, p, less), fma(scale, p, more)
-    above_lo, below_lo = fma(scale, p, less - above), fma(scale, p, more - below)
-    inverse = k.one / below
-    t, twice = above * inverse, inverse + inverse
-    rest = fma(-t, below, above) + fma(-t, below_lo, above_lo)
-    return fma(factor, t, (factor * inverse) * rest), (twice * twice) * fma(scale, p, scale)
+    less = scale - k.one
+    above = fma(scale, p, less)
+    above_lo = fma(scale, p, less - above)
+    below = fma(scale, p, scale + k.one)
+    w = fma(twice, p, twice) / below
+    return fma(half, above, half * fma(-above, above / below, above_lo)), w * (k.two - w)
 
 
 @helper
@@ -1433,10 +1451,11 @@ def cap_row(x, n, cap, slopes):
     """softcap tanh(x / (temperature softcap)) in place of x, or its derivative but for 1 / temperature."""
     k = constants(x[0])
     for c in range(0, n, k.lanes):
-        minus = larger(cap.lowest, -larger(cap.lowest, line_at(x, c)))
-        v = minus * -cap.inverse
-        value, slope = tanh(v, fma(minus, -cap.inverse_lo, fma(minus, -cap.inverse, -v)), cap.softcap)
-        put_line(x, c, slope if slopes else value)
+        logits = line_at(x, c)
+        near = larger(cap.lowest, with_sign(logits, cap.lowest))
+        v = near * cap.inverse
+        value, slope = tanh(v, fma(near, cap.inverse_lo, fma(near, cap.inverse, -v)), cap.softcap / k.two)
+        put_line(x, c, slope if slopes else with_sign(value, logits))
 
 
 @helper

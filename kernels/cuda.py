@@ -38,7 +38,7 @@ VECTOR_BYTES = 16  # the widest access
 # logits, their companion and the output, by how many elements the first one lies behind a multiple of 16 bytes, or -1 where
 # classes are not side by side.
 Plan = namedtuple("Plan", "tile pitch room last strided together logits other out")
-Cap = namedtuple("Cap", "softcap inverse inverse_lo lowest")
+Cap = namedtuple("Cap", "half inverse inverse_lo lowest")
 LossNumbers = namedtuple("LossNumbers", "z_loss scale scale_lo")
 LossOptions = namedtuple(
     "LossOptions",
@@ -277,29 +277,30 @@ def log1p_pair(k, hi, lo):
 
 
 @device
-def tanh(k, v, v_lo, factor):
-    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 40]."""
-    shifted = cuda.fma(v - k.exp_center, k.log2_e, k.round_shift)
-    n, scale = shifted - k.round_shift, scale_of(shifted) / k.exp_scale
+def tanh(k, v, v_lo, half):
+    """factor * tanh(x), and the derivative of tanh(x), from v + v_lo = 2 x in [-40, 0] and half of the factor."""
+    shifted = cuda.fma(v - k.exp_center, k.log2_e, k.one_shift)
+    n, scale = shifted - k.one_shift, scale_of(shifted)
+    twice = scale + scale
     high, low = cuda.fma(n, -k.ln2_hi, v), cuda.fma(n, -k.ln2_lo, v_lo)
     r = high + low
     square = mul(r, r)
     p = high + cuda.fma(exp_tail(k, r, square), square, low)
-    less, more = scale - k.one, scale + k.one
-    above, below = cuda.fma(scale, p, less), cuda.fma(scale, p, more)
-    above_lo, below_lo = cuda.fma(scale, p, less - above), cuda.fma(scale, p, more - below)
-    t = above / below
-    rest = cuda.fma(-t, below, above) + cuda.fma(-t, below_lo, above_lo)
-    slope = k.two * k.two * cuda.fma(scale, p, scale) / mul(below, below)
-    return cuda.fma(factor, t, mul(factor, rest / below)), slope
+    less = scale - k.one
+    above = cuda.fma(scale, p, less)
+    above_lo = cuda.fma(scale, p, less - above)
+    below = cuda.fma(scale, p, scale + k.one)
+    w = cuda.fma(twice, p, twice) / below
+    return cuda.fma(half, above, mul(half, cuda.fma(-above, above / below, above_lo))), mul(w, k.two - w)
 
 
 @device
 def capped(k, x, cap):
     """softcap tanh(x / (temperature softcap)), and its derivative but for 1 / temperature."""
-    near = min(max(cap.lowest, x), -cap.lowest) if x == x else x
+    near = max(cap.lowest, -abs(x)) if x == x else x
     v = mul(near, cap.inverse)
-    return tanh(k, v, cuda.fma(near, cap.inverse_lo, cuda.fma(near, cap.inverse, -v)), cap.softcap)
+    value, slope = tanh(k, v, cuda.fma(near, cap.inverse_lo, cuda.fma(near, cap.inverse, -v)), cap.half)
+    return value if x < 0 else -value, slope
 
 
 # ---- elements; Numba has no bfloat16, whose bits are taken as uint16 ----

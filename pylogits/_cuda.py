@@ -265,4 +265,4 @@ def _cap(options: LossOptions, dtype: np.dtype[Any]) -> Any:
     real = _real(dtype)
     inverse, inverse_lo = reciprocal(options.temperature, options.softcap / 2, real)
     lowest = -min(40 / inverse, float(np.finfo(real).max))
-    return kernels.Cap(*_numbers(dtype, options.softcap, inverse, inverse_lo, lowest))
+    return kernels.Cap(*_numbers(dtype, options.softcap / 2, inverse, inverse_lo, lowest))

@@ -208,15 +208,18 @@ def test_all_options(backend, name):
                 np.testing.assert_allclose(scalar, losses.sum().astype(float), rtol=slack * eps, atol=slack * eps)
 
 
-@pytest.mark.parametrize("softcap", [1.0, 30.0, 50.0])
+@pytest.mark.parametrize("softcap, temperature", [(1.0, 1.0), (30.0, 1.0), (50.0, 1.0), (3.9, 1.3), (1.9999, 0.7)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_softcap_is_within_2_ulp(backend, dtype, softcap):
+def test_softcap_is_within_2_ulp(backend, dtype, softcap, temperature):
     rng = np.random.default_rng(0)
-    x = np.concatenate([softcap * scale * rng.standard_normal(3000) for scale in (0.05, 0.3, 2, 50)]).astype(dtype)
+    softcap, temperature = dtype(softcap), dtype(temperature)
+    scales = softcap * temperature * np.array([[1e-7], [0.05], [0.3], [2], [50]])
+    x = (scales * rng.standard_normal((5, 3000))).astype(dtype).ravel()
     # one class has no loss of its own, and a z-loss that is the square of its capped logit
-    squares = pylogits.cross_entropy(x[:, None], np.zeros(len(x), int), softcap=softcap, z_loss=1.0, reduction="none")
+    options = {"softcap": softcap, "temperature": temperature, "z_loss": 1.0, "reduction": "none"}
+    squares = pylogits.cross_entropy(x[:, None], np.zeros(len(x), int), **options)
     capped = np.sqrt(squares.astype(np.longdouble)).astype(dtype)
-    exact = np.abs(softcap * np.tanh(x.astype(np.longdouble) / softcap))
+    exact = np.abs(softcap * np.tanh(x.astype(np.longdouble) / (np.longdouble(softcap) * temperature)))
     assert (np.abs(capped - exact) <= 2 * np.spacing(exact.astype(dtype))).all()
 
 
