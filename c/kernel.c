@@ -46,6 +46,7 @@
 #define FN(name) PASTE(name, _f32)
 #define VEC vec_f32
 #define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#define NEXT_AFTER(a, b) nextafterf(a, b)
 #define LANES 16
 #define NATIVE_DTYPE PL_FLOAT32
 #define MANTISSA_BITS 23
@@ -90,6 +91,7 @@ static inline float atanh_tail_f32(float w)
 #undef FN
 #undef VEC
 #undef FMA
+#undef NEXT_AFTER
 #undef LANES
 #undef NATIVE_DTYPE
 #undef MANTISSA_BITS
@@ -118,6 +120,7 @@ static inline float atanh_tail_f32(float w)
 #define FN(name) PASTE(name, _f64)
 #define VEC vec_f64
 #define FMA(a, b, c) __builtin_fma(a, b, c)
+#define NEXT_AFTER(a, b) nextafter(a, b)
 #define LANES 8
 #define NATIVE_DTYPE PL_FLOAT64
 #define MANTISSA_BITS 52

@@ -972,14 +972,6 @@ static inline bool FN(above)(REAL a, REAL b)
   return a > b || (a != a && b == b);
 }
 
-/* Whether one of n numbers comes before the least of those that are kept. */
-INLINE bool FN(any_above)(const REAL *x, int n, REAL least)
-{
-  int any = 0;
-  for (int i = 0; i < n; i++) any |= !(x[i] <= least);
-  return any;
-}
-
 /* The first of n numbers that equals their maximum; none is a NaN. (0 where it is gone: another thread may write to them.) */
 static int64_t FN(first_maximum)(const REAL *x, int64_t n, REAL max)
 {
@@ -993,23 +985,49 @@ static int64_t FN(first_maximum)(const REAL *x, int64_t n, REAL max)
   return c < n ? c : 0;
 }
 
-/* Most groups have none, and of the lines of another one most have none. */
+/* The k-th of the largest numbers of each lane: k of n or more are not below. -inf where there are not so many lanes. */
+static REAL FN(floor_of)(const REAL *x, int64_t n, int64_t k)
+{
+  SINT count[LANES] = {0};
+  REAL lanes[LANES], floor = -INFINITY;
+  if (k > LANES) return floor;
+  EACH_VEC(v)
+  {
+    VEC best = FN(vec_fill)(-INFINITY);
+    for (int64_t c = v; c + VEC_LANES <= n; c += LANES) best = FN(vec_larger)(FN(vec_load)(x + c), best);
+    FN(vec_store)(lanes + v, best);
+  }
+  for (int l = 0; l < LANES; l++)
+    for (int i = 0; i < LANES; i++) count[i] += lanes[l] >= lanes[i];
+  for (int i = 0; i < LANES; i++) floor = count[i] >= k && lanes[i] > floor ? lanes[i] : floor;
+  return floor;
+}
+
+/* With a floor under the first k, most groups have none. Without, each number that was kept for a while was a branch that was
+ * not foreseen, and the 5 largest of 1000 took four times as long. */
 static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_x, int64_t *top_index, int64_t k, int64_t *kept)
 {
+  const REAL floor = *kept < k ? FN(floor_of)(x, n, k) : 0;
+  /* nothing up to here is kept: until there are k, what is below the floor */
+  REAL least = *kept == k ? top_x[k - 1] : floor == -INFINITY ? NAN : NEXT_AFTER(floor, -INFINITY);
   for (int64_t g = 0; g < n; g += GROUP) {
-    if (*kept == k && g + GROUP <= n && !FN(any_above)(x + g, GROUP, top_x[k - 1])) continue;
-    for (int64_t line = g; line < n && line < g + GROUP; line += LANES) {
-      if (*kept == k && line + LANES <= n && !FN(any_above)(x + line, LANES, top_x[k - 1])) continue;
-      for (int64_t c = line; c < n && c < line + LANES; c++) {
-        if (*kept == k && !FN(above)(x[c], top_x[k - 1])) continue;
-        int64_t place = *kept < k ? (*kept)++ : k - 1;
-        for (; place > 0 && FN(above)(x[c], top_x[place - 1]); place--) {
-          top_x[place] = top_x[place - 1];
-          top_index[place] = top_index[place - 1];
-        }
-        top_x[place] = x[c];
-        top_index[place] = first + c;
+    uint64_t bits = 0;
+    for (int64_t c = g; c < g + GROUP && c < n; c += VEC_LANES) {
+      const VEC some = c + VEC_LANES <= n ? FN(vec_load)(x + c) : FN(vec_load_part)(x + c, n - c, FN(vec_fill)(0));
+      bits |= (uint64_t)FN(vec_bits_above)(some, FN(vec_fill)(least)) << (c - g);
+    }
+    if (n - g < GROUP) bits &= ((uint64_t)1 << (n - g)) - 1;
+    for (; bits; bits &= bits - 1) {
+      const int64_t c = g + __builtin_ctzll(bits);
+      if (x[c] <= least || (*kept == k && !FN(above)(x[c], top_x[k - 1]))) continue;
+      int64_t place = *kept < k ? (*kept)++ : k - 1;
+      for (; place > 0 && FN(above)(x[c], top_x[place - 1]); place--) {
+        top_x[place] = top_x[place - 1];
+        top_index[place] = top_index[place - 1];
       }
+      top_x[place] = x[c];
+      top_index[place] = first + c;
+      if (*kept == k) least = top_x[k - 1];
     }
   }
 }

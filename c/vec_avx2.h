@@ -56,6 +56,10 @@ typedef __m256d vec_f64;
   {                                                                                                                            \
     return _mm256_blendv_##ps(b, a, _mm256_cmp_##ps(x, y, _CMP_EQ_OQ));                                                        \
   }                                                                                                                            \
+  static inline unsigned vec_bits_above_##T(VEC a, VEC b)                                                                      \
+  {                                                                                                                            \
+    return (unsigned)_mm256_movemask_##ps(_mm256_cmp_##ps(a, b, _CMP_NLE_UQ));                                                 \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
   {                                                                                                                            \
     return __builtin_popcount((unsigned)_mm256_movemask_##ps(_mm256_cmp_##ps(x, y, _CMP_EQ_OQ)));                              \

@@ -55,6 +55,10 @@ typedef __m512d vec_f64;
   {                                                                                                                            \
     return _mm512_mask_blend_##ps(_mm512_cmp_##ps##_mask(x, y, _CMP_EQ_OQ), b, a);                                             \
   }                                                                                                                            \
+  static inline unsigned vec_bits_above_##T(VEC a, VEC b)                                                                      \
+  {                                                                                                                            \
+    return _mm512_cmp_##ps##_mask(a, b, _CMP_NLE_UQ);                                                                          \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(VEC x, VEC y)                                                                          \
   {                                                                                                                            \
     return __builtin_popcount(_mm512_cmp_##ps##_mask(x, y, _CMP_EQ_OQ));                                                       \

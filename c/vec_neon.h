@@ -52,6 +52,15 @@ typedef float64x2_t vec_f64;
   }
 
 #define VEC_PARTS(T, REAL, VEC, VEC_LANES)                                                                                     \
+  static inline unsigned vec_bits_above_##T(VEC a, VEC b)                                                                      \
+  {                                                                                                                            \
+    REAL x[VEC_LANES], y[VEC_LANES];                                                                                           \
+    unsigned bits = 0;                                                                                                         \
+    vec_store_##T(x, a);                                                                                                       \
+    vec_store_##T(y, b);                                                                                                       \
+    for (int i = 0; i < VEC_LANES; i++) bits |= (unsigned)!(x[i] <= y[i]) << i;                                                \
+    return bits;                                                                                                               \
+  }                                                                                                                            \
   static inline VEC vec_load_part_##T(const REAL *p, int64_t n, VEC rest)                                                      \
   {                                                                                                                            \
     REAL lanes[VEC_LANES];                                                                                                     \

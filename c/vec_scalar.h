@@ -72,6 +72,11 @@ typedef double vec_f64;
     (void)stride;                                                                                                              \
     memcpy(rows, q, sizeof *q);                                                                                                \
   }                                                                                                                            \
+  /* A bit for each lane that is not <= b: larger, or one of the two a NaN. */                                                 \
+  static inline unsigned vec_bits_above_##T(REAL a, REAL b)                                                                    \
+  {                                                                                                                            \
+    return !(a <= b);                                                                                                          \
+  }                                                                                                                            \
   static inline int vec_count_equal_##T(REAL x, REAL y)                                                                        \
   {                                                                                                                            \
     return x == y;                                                                                                             \
