@@ -22,7 +22,6 @@ from pylogits.batch.readers import (
     FileError,
     Source,
     Targets,
-    ahead,
     open_logits,
     open_source,
     standard_input,
@@ -323,18 +322,17 @@ def survey(parts: list[Part], options: Options) -> Survey:
 
 
 def loss_slope(part: Part, options: Options, done: Done = nothing) -> float:
-    """Return the derivative of a part's total loss by the logarithm of the temperature."""
+    """Return the derivative of a part's total loss by the logarithm of the temperature.
+
+    That of logsumexp(x / T) - x_target / T is x_target / T - sum(p x / T): a row's entropy less its loss, which one pass gives.
+    """
     slope = 0.0
     with open_part(part, options) as (logits, targets):
         assert targets is not None
-        for rows in ahead(logits.chunks(1)):
-            labels = targets.take(len(rows))
-            chunk = rows.astype(np.result_type(rows, np.float32), copy=False)  # float16 has too few digits for a sum
-            _, grad = pylogits.cross_entropy_value_and_grad(chunk, labels, temperature=options.temperature, reduction="sum")
-            # The loss is a function of logits / temperature alone. A logit of -inf has the gradient 0, which counts as 0.
-            products = np.multiply(grad, chunk, where=grad != 0, out=np.zeros_like(grad))
-            slope -= float(products.sum(dtype=np.float64))
-            done(len(rows))
+        rows = ((chunk, targets.take(len(chunk))) for chunk in logits.chunks(1))
+        for _, scores, _ in scored(rows, part, replace(options, top_k=1), done):
+            assert scores.loss is not None
+            slope += float(np.subtract(scores.entropy, scores.loss, dtype=np.float64).sum())
     return slope
 
 

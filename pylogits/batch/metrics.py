@@ -1,9 +1,10 @@
 """What scores add up to: sums and counts, added chunk by chunk and file by file, and the metrics that are made of them."""
 
+from base64 import b64decode, b64encode
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 import pylogits
 
@@ -30,6 +31,16 @@ def tally(numbers: Array, bound: int) -> tuple[Array, Array]:
     counts = np.bincount(numbers, minlength=bound)  # a quarter of the time
     there = np.flatnonzero(counts)
     return there, counts[there]
+
+
+def to_text(numbers: Array) -> str:
+    """Return int64 or float64 numbers as text: a list of 2^18 took JSON 15 ms."""
+    return b64encode(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def from_text(text: str, dtype: DTypeLike) -> Array:
+    """Return the numbers that `to_text` was called on."""
+    return np.frombuffer(b64decode(text), np.dtype(dtype).newbyteorder("<")).astype(dtype)
 
 
 class Pairs:
@@ -151,9 +162,9 @@ class Metrics:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 where = np.flatnonzero(value)
-                table[name] = [where.tolist(), value[where].tolist()]
+                table[name] = [to_text(where), to_text(value[where])]
             elif isinstance(value, Pairs):
-                table[name] = [*(array.tolist() for array in value.counts()), value.error]
+                table[name] = [*map(to_text, value.counts()), value.error]
             else:
                 table[name] = value
         return table
@@ -165,9 +176,9 @@ class Metrics:
         for name, value in table.items():
             old = getattr(metrics, name)
             if isinstance(old, np.ndarray):
-                old[value[0]] = value[1]
+                old[from_text(value[0], np.int64)] = from_text(value[1], old.dtype)
             elif isinstance(old, Pairs):
-                old.add(np.array(value[0], np.int64), np.array(value[1], np.int64))
+                old.add(from_text(value[0], np.int64), from_text(value[1], np.int64))
                 old.error = value[2]
             else:
                 setattr(metrics, name, value)
