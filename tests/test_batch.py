@@ -183,6 +183,18 @@ def test_class_columns_by_pattern():
     assert_scores("out.parquet", LOGITS[:, 1:3])
 
 
+def test_many_columns_of_parquet_go_through_a_file(monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 2**13)
+    logits = np.random.default_rng(0).standard_normal((700, 50))
+    columns = {f"class_{i}": logits[:, i].astype(np.float32 if i % 3 else np.float64) for i in range(50)}
+    pq.write_table(pa.table(columns), "data.parquet", row_group_size=300)
+    score("data.parquet", "--out", "out.parquet")
+    assert_scores("out.parquet", np.stack(list(columns.values()), axis=1))
+    columns["class_31"] = pa.array([None if row == 450 else 0.0 for row in range(700)])
+    pq.write_table(pa.table(columns), "data.parquet", row_group_size=300)
+    assert refused("data.parquet", "--out", "out.npz") == "data.parquet: values are missing in column class_31 from row 300 on"
+
+
 def test_missing_values_and_uneven_rows():
     rows = [[0.5, 1.5], [1.0, None], [2.0, 0.0]]
     pq.write_table(pa.table({"logits": rows}), "data.parquet")

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import shorten
 from typing import IO, Any, TypeVar
 
@@ -43,6 +44,11 @@ READ_HEADER = {
     (2, 0): npy.read_array_header_2_0,
     (3, 0): npy.read_array_header_2_0,
 }
+
+# Columns of a Parquet file that are decoded together, and rows of them: of each column, a page and a dictionary are in memory,
+# a megabyte or more, and 1000 took 2.6 GiB. More of them go through a temporary file.
+COLUMNS = 8
+SPOOLED_ROWS = 2**15
 
 # What the formats' libraries raise of damaged files: the one of Arrow has subclasses of ValueError and others among these.
 DAMAGE = (
@@ -320,26 +326,34 @@ def open_zarr(path: Path, name: str | None, role: str, stack: ExitStack) -> Zarr
 
 @dataclass
 class ArrowTable(Source):
-    """Columns of a Parquet or Arrow IPC file: one of lists, or one a class."""
+    """Columns of an Arrow IPC file: one of lists, or one a class."""
 
     dataset: Any
     columns: list[str]
 
     def chunks(self, inner: int) -> Iterator[Array]:
         """Read chunks of at most CHUNK_BYTES."""
-        # A quarter of a chunk: Parquet's decoder holds lists several times.
-        rows = max(CHUNK_BYTES // (4 * self.row_bytes), 1)
         row = 0
         try:
-            for batch in read_batches(self.path, self.dataset, self.columns, rows):
-                arrays = [self._values(batch.column(name), name, row) for name in self.columns]
-                chunk = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
-                row += len(batch)
-                yield chunk.reshape(len(batch), *self.shape[1:])
+            # A quarter of a chunk: Parquet's decoder holds lists several times.
+            for chunk in self._chunks(max(CHUNK_BYTES // (4 * self.row_bytes), 1)):
+                row += len(chunk)
+                yield chunk
         except DAMAGE as error:
             raise FileError(self.path, error) from None
         if not row:
             yield np.empty((0, *self.shape[1:]), self.dtype)
+
+    def _chunks(self, rows: int) -> Iterator[Array]:
+        return self._arrays(read_batches(self.path, self.dataset, self.columns, rows), self.columns)
+
+    def _arrays(self, batches: Iterator[Any], columns: list[str], first_row: int = 0) -> Iterator[Array]:
+        """Return the numbers of record batches, columns side by side if the table has several."""
+        for batch in batches:
+            arrays = [self._values(batch.column(name), name, first_row) for name in columns]
+            first_row += len(batch)
+            one = len(self.columns) == 1
+            yield arrays[0].reshape(len(batch), *self.shape[1:]) if one else np.stack(arrays, axis=1, dtype=self.dtype)
 
     def _values(self, column: Any, name: str, first_row: int) -> Array:
         """Return a column's numbers, of which none may be missing."""
@@ -357,12 +371,46 @@ class ArrowTable(Source):
         return np.asarray(values.to_numpy(zero_copy_only=False))
 
 
+@dataclass
+class ParquetTable(ArrowTable):
+    """The same of a Parquet file."""
+
+    def _chunks(self, rows: int) -> Iterator[Array]:
+        with open_parquet(self.path) as file:
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if len(self.columns) <= COLUMNS or max(counts, default=0) * self.row_bytes <= 4 * CHUNK_BYTES:
+                yield from super()._chunks(rows)
+                return
+            for group, count in enumerate(counts):
+                with TemporaryFile() as spool:
+                    parts = self._spooled(file, group, spool, sum(counts[:group]))
+                    for start in range(0, count, rows):
+                        yield np.concatenate([part.read((slice(start, start + rows),)) for part in parts], axis=1)
+
+    def _spooled(self, file: Any, group: int, spool: IO[bytes], first_row: int) -> list[ByteArray]:
+        """Write a row group to a temporary file, COLUMNS after COLUMNS, and return those."""
+        count, parts = file.metadata.row_group(group).num_rows, []
+        for first in range(0, len(self.columns), COLUMNS):
+            columns = self.columns[first : first + COLUMNS]
+            shape = count, len(columns)
+            parts.append(ByteArray(self.path, self.dtype, shape, spool, c_strides(shape, self.dtype), spool.tell()))
+            batches = file.iter_batches(SPOOLED_ROWS, row_groups=[group], columns=columns, use_threads=False)
+            for array in self._arrays(batches, columns, first_row):
+                spool.write(array.data)
+        return parts
+
+
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file, to be read as it is needed; a dataset would hold several row groups as a whole."""
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+
+
 def read_batches(path: Path, dataset: Any, columns: list[str], rows: int) -> Iterator[Any]:
     """Read columns in record batches of so many rows at most."""
-    if path.suffix == ".parquet":  # of which a dataset holds several row groups as a whole
-        from pyarrow.parquet import ParquetFile
-
-        with ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+    if path.suffix == ".parquet":
+        with open_parquet(path) as file:
             yield from file.iter_batches(rows, columns=columns, use_threads=False)
     else:
         yield from dataset.to_batches(
@@ -427,7 +475,7 @@ def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> Arr
         dtype = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
     except DAMAGE as error:
         raise FileError(path, f"not a whole {path.suffix} file: {shorten(str(error), 200)}") from None
-    return ArrowTable(path, dtype, shape, table, columns)
+    return (ParquetTable if path.suffix == ".parquet" else ArrowTable)(path, dtype, shape, table, columns)
 
 
 @dataclass
