@@ -1008,6 +1008,8 @@ static REAL FN(floor_of)(const REAL *x, int64_t n, int64_t k)
 static void FN(keep_largest)(const REAL *x, int64_t n, int64_t first, REAL *top_x, int64_t *top_index, int64_t k, int64_t *kept)
 {
   const REAL floor = *kept < k ? FN(floor_of)(x, n, k) : 0;
+  /* of numbers that another thread makes smaller meanwhile, less than k may be found */
+  for (int64_t i = 0; first == 0 && i < k; i++) top_x[i] = x[0], top_index[i] = 0;
   /* nothing up to here is kept: until there are k, what is below the floor */
   REAL least = *kept == k ? top_x[k - 1] : floor == -INFINITY ? NAN : NEXT_AFTER(floor, -INFINITY);
   for (int64_t g = 0; g < n; g += GROUP) {
