@@ -45,6 +45,9 @@ READ_HEADER = {
     (3, 0): npy.read_array_header_2_0,
 }
 
+# Reads record batches of so many rows at most, of some columns.
+Batches = Callable[[int, list[str]], Iterator[Any]]
+
 # Columns of a Parquet file that are decoded together, and rows of them: of each column, a page and a dictionary are in memory,
 # a megabyte or more, and 1000 took 2.6 GiB. More of them go through a temporary file.
 COLUMNS = 8
@@ -328,8 +331,8 @@ def open_zarr(path: Path, name: str | None, role: str, stack: ExitStack) -> Zarr
 class ArrowTable(Source):
     """Columns of an Arrow IPC file: one of lists, or one a class."""
 
-    dataset: Any
     columns: list[str]
+    read: Batches
 
     def chunks(self, inner: int) -> Iterator[Array]:
         """Read chunks of at most CHUNK_BYTES."""
@@ -345,7 +348,7 @@ class ArrowTable(Source):
             yield np.empty((0, *self.shape[1:]), self.dtype)
 
     def _chunks(self, rows: int) -> Iterator[Array]:
-        return self._arrays(read_batches(self.path, self.dataset, self.columns, rows), self.columns)
+        return self._arrays(self.read(rows, self.columns), self.columns)
 
     def _arrays(self, batches: Iterator[Any], columns: list[str], first_row: int = 0) -> Iterator[Array]:
         """Return the numbers of record batches, columns side by side if the table has several."""
@@ -359,7 +362,7 @@ class ArrowTable(Source):
         """Return a column's numbers, of which none may be missing."""
         values = column
         if hasattr(column, "flatten"):
-            lengths = column.value_lengths().to_numpy(zero_copy_only=False) if column.null_count == 0 else None
+            lengths = np.from_dlpack(column.value_lengths()) if column.null_count == 0 else None
             if lengths is not None and (lengths != self.shape[1]).any():
                 row = int(np.flatnonzero(lengths != self.shape[1])[0])
                 raise FileError(
@@ -368,54 +371,39 @@ class ArrowTable(Source):
             values = column.flatten()
         if column.null_count or values.null_count:
             raise FileError(self.path, f"values are missing in column {name} from row {first_row} on")
-        return np.asarray(values.to_numpy(zero_copy_only=False))
+        # Of booleans, which are bits there, to_numpy makes an array; it imports pandas where that is installed: 0.3 s.
+        bits = values.type.bit_width == 1
+        return np.asarray(values.to_numpy(zero_copy_only=False)) if bits else np.from_dlpack(values)
 
 
 @dataclass
 class ParquetTable(ArrowTable):
     """The same of a Parquet file."""
 
-    def _chunks(self, rows: int) -> Iterator[Array]:
-        with open_parquet(self.path) as file:
-            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            if len(self.columns) <= COLUMNS or max(counts, default=0) * self.row_bytes <= 4 * CHUNK_BYTES:
-                yield from super()._chunks(rows)
-                return
-            for group, count in enumerate(counts):
-                with TemporaryFile() as spool:
-                    parts = self._spooled(file, group, spool, sum(counts[:group]))
-                    for start in range(0, count, rows):
-                        yield np.concatenate([part.read((slice(start, start + rows),)) for part in parts], axis=1)
+    file: Any
 
-    def _spooled(self, file: Any, group: int, spool: IO[bytes], first_row: int) -> list[ByteArray]:
+    def _chunks(self, rows: int) -> Iterator[Array]:
+        counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
+        if len(self.columns) <= COLUMNS or max(counts, default=0) * self.row_bytes <= 4 * CHUNK_BYTES:
+            yield from super()._chunks(rows)
+            return
+        for group, count in enumerate(counts):
+            with TemporaryFile() as spool:
+                parts = self._spooled(group, spool, sum(counts[:group]))
+                for start in range(0, count, rows):
+                    yield np.concatenate([part.read((slice(start, start + rows),)) for part in parts], axis=1)
+
+    def _spooled(self, group: int, spool: IO[bytes], first_row: int) -> list[ByteArray]:
         """Write a row group to a temporary file, COLUMNS after COLUMNS, and return those."""
-        count, parts = file.metadata.row_group(group).num_rows, []
+        count, parts = self.file.metadata.row_group(group).num_rows, []
         for first in range(0, len(self.columns), COLUMNS):
             columns = self.columns[first : first + COLUMNS]
             shape = count, len(columns)
             parts.append(ByteArray(self.path, self.dtype, shape, spool, c_strides(shape, self.dtype), spool.tell()))
-            batches = file.iter_batches(SPOOLED_ROWS, row_groups=[group], columns=columns, use_threads=False)
+            batches = self.file.iter_batches(SPOOLED_ROWS, row_groups=[group], columns=columns, use_threads=False)
             for array in self._arrays(batches, columns, first_row):
                 spool.write(array.data)
         return parts
-
-
-def open_parquet(path: Path) -> Any:
-    """Open a Parquet file, to be read as it is needed; a dataset would hold several row groups as a whole."""
-    from pyarrow.parquet import ParquetFile
-
-    return ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
-
-
-def read_batches(path: Path, dataset: Any, columns: list[str], rows: int) -> Iterator[Any]:
-    """Read columns in record batches of so many rows at most."""
-    if path.suffix == ".parquet":
-        with open_parquet(path) as file:
-            yield from file.iter_batches(rows, columns=columns, use_threads=False)
-    else:
-        yield from dataset.to_batches(
-            columns=columns, batch_size=rows, batch_readahead=0, fragment_readahead=0, use_threads=False
-        )
 
 
 def is_list(kind: Any) -> bool:
@@ -450,32 +438,55 @@ def pick_columns(path: Path, schema: Any, name: str | None, role: str) -> list[s
     return columns
 
 
+def layout(
+    path: Path, schema: Any, rows: int, read: Batches, name: str | None, role: str
+) -> tuple[np.dtype[Any], tuple[int, ...], list[str]]:
+    """Return the dtype, the shape and the columns of a role."""
+    columns = pick_columns(path, schema, name, role)
+    kinds = [schema.field(column).type for column in columns]
+    shape: tuple[int, ...] = (rows,) if role == "targets" else (rows, len(columns))
+    if len(columns) == 1 and is_list(kinds[0]):
+        width = getattr(kinds[0], "list_size", 0)
+        if rows and not width:
+            first = next(read(1, columns)).column(0)[0]
+            if not first.is_valid:
+                raise FileError(path, f"values are missing in column {columns[0]} from row 0 on")
+            width = len(first)
+        shape, kinds = (rows, width), [kinds[0].value_type]
+    for column, kind in zip(columns, kinds, strict=True):
+        if not is_number(kind):
+            raise FileError(path, f"{role} must be real numbers, which column {column} of {kind} are not")
+    return np.result_type(*(kind.to_pandas_dtype() for kind in kinds)), shape, columns
+
+
 def open_arrow(path: Path, name: str | None, role: str, stack: ExitStack) -> ArrowTable:
     """Open columns of a Parquet or Arrow IPC file."""
-    from pyarrow import dataset as ds
-
     open_file(path).close()  # for one kind of message about files that can't be opened
     try:
-        table = ds.dataset(path, format="parquet" if path.suffix == ".parquet" else "ipc")
-        rows = table.count_rows()
-        columns = pick_columns(path, table.schema, name, role)
-        kinds = [table.schema.field(column).type for column in columns]
-        shape: tuple[int, ...] = (rows,) if role == "targets" else (rows, len(columns))
-        if len(columns) == 1 and is_list(kinds[0]):
-            width = getattr(kinds[0], "list_size", 0)
-            if rows and not width:
-                first = next(read_batches(path, table, columns, 1)).column(0)[0]
-                if not first.is_valid:
-                    raise FileError(path, f"values are missing in column {columns[0]} from row 0 on")
-                width = len(first)
-            shape, kinds = (rows, width), [kinds[0].value_type]
-        for column, kind in zip(columns, kinds, strict=True):
-            if not is_number(kind):
-                raise FileError(path, f"{role} must be real numbers, which column {column} of {kind} are not")
-        dtype = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
+        if path.suffix == ".parquet":
+            return open_parquet(path, name, role, stack)
+        from pyarrow import dataset
+
+        table = dataset.dataset(path, format="ipc")
+
+        def read(rows: int, columns: list[str]) -> Iterator[Any]:
+            return iter(table.to_batches(columns, batch_size=rows, batch_readahead=0, fragment_readahead=0, use_threads=False))
+
+        return ArrowTable(path, *layout(path, table.schema, table.count_rows(), read, name, role), read)
     except DAMAGE as error:
         raise FileError(path, f"not a whole {path.suffix} file: {shorten(str(error), 200)}") from None
-    return (ParquetTable if path.suffix == ".parquet" else ArrowTable)(path, dtype, shape, table, columns)
+
+
+def open_parquet(path: Path, name: str | None, role: str, stack: ExitStack) -> ParquetTable:
+    """Open columns of a Parquet file: not as a dataset, which holds several row groups as a whole, and imports pandas."""
+    from pyarrow.parquet import ParquetFile
+
+    file = stack.enter_context(ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False))
+
+    def read(rows: int, columns: list[str]) -> Iterator[Any]:
+        return iter(file.iter_batches(rows, columns=columns, use_threads=False))
+
+    return ParquetTable(path, *layout(path, file.schema_arrow, file.metadata.num_rows, read, name, role), read, file)
 
 
 @dataclass
