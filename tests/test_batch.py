@@ -6,10 +6,14 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -190,6 +194,10 @@ def test_many_columns_of_parquet_go_through_a_file(monkeypatch):
     pq.write_table(pa.table(columns), "data.parquet", row_group_size=300)
     score("data.parquet", "--out", "out.parquet")
     assert_scores("out.parquet", np.stack(list(columns.values()), axis=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "TemporaryFile", partial(open, "/dev/full", "r+b"))
+        place = f"a temporary file in {tempfile.gettempdir()}"
+        assert refused("data.parquet", "--out", "out.npz") == f"{place}: No space left on device"
     columns["class_31"] = pa.array([None if row == 450 else 0.0 for row in range(700)])
     pq.write_table(pa.table(columns), "data.parquet", row_group_size=300)
     assert refused("data.parquet", "--out", "out.npz") == "data.parquet: values are missing in column class_31 from row 300 on"
@@ -862,13 +870,24 @@ def test_an_error_on_a_worker_is_one_line(shards):
     assert done.stderr.splitlines()[-1] == "error: shards/1/targets.npy: target 4 at row 0 is outside [0, 4)"
 
 
+def test_workers_beside_another_cluster(shards):
+    pytest.importorskip("distributed")
+    with socket.socket() as taken:
+        with suppress(OSError):  # then another has it
+            taken.bind(("", 8787))
+            taken.listen()
+        command = (*COMMAND, *shards, "--out", "shared", "--quiet", "--workers", "1")
+        assert subprocess.run(command, capture_output=True, timeout=120).stderr == b""
+
+
 def test_workers_that_were_started_elsewhere(shards, monkeypatch):
     """The files are named as seen from here."""
     distributed = pytest.importorskip("distributed")
     wanted = score(*shards, "--out", "alone")
     with monkeypatch.context() as patch:
         patch.chdir(os.sep)
-        cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+        port = {"dashboard_address": "localhost:0"}  # not 8787, which two tests would have at a time
+        cluster = distributed.LocalCluster(n_workers=1, dashboard_address=None, scheduler_kwargs=port)
     with cluster:
         found = score(*shards, "--out", "shared", "--scheduler", cluster.scheduler_address)
     assert found["mean loss"] == wanted["mean loss"]

@@ -237,8 +237,9 @@ def test_two_processes_have_numpys_bits():
     distributed = pytest.importorskip("distributed")
     arrays = Arrays("last")
     options = {"targets": arrays.labels, "sample_weight": arrays.sample_weight}
+    port = {"dashboard_address": "localhost:0"}  # not 8787, which two tests would have at a time
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, dashboard_address=None, scheduler_kwargs=port) as cluster,
         distributed.Client(cluster),
     ):
         arrays.check("score", targets=arrays.labels, top_k=3)

@@ -65,6 +65,8 @@ def on_workers(count: int, address: str | None) -> Iterator[Each[Any]]:
                         n_workers=count,
                         threads_per_worker=1,
                         dashboard_address=None,
+                        # else 8787, with a warning where another cluster has it, and for all the network
+                        scheduler_kwargs={"dashboard_address": "localhost:0"},
                         silence_logs=logging.CRITICAL,  # an error is one line, a run that is stopped says nothing
                         env={"PYLOGITS_NUM_THREADS": str(threads)},
                     )

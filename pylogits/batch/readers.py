@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from textwrap import shorten
 from typing import IO, Any, TypeVar
 
@@ -376,6 +376,16 @@ class ArrowTable(Source):
         return np.asarray(values.to_numpy(zero_copy_only=False)) if bits else np.from_dlpack(values)
 
 
+def write_whole(spool: IO[bytes], array: Array) -> None:
+    """Write an array to a temporary file, of which the user knows no more than the folder."""
+    rest = array.data.cast("B")
+    try:
+        while rest:
+            rest = rest[spool.write(rest) :]
+    except OSError as error:
+        raise FileError(f"a temporary file in {gettempdir()}", error) from None
+
+
 @dataclass
 class ParquetTable(ArrowTable):
     """The same of a Parquet file."""
@@ -388,7 +398,7 @@ class ParquetTable(ArrowTable):
             yield from super()._chunks(rows)
             return
         for group, count in enumerate(counts):
-            with TemporaryFile() as spool:
+            with TemporaryFile(buffering=0) as spool:
                 parts = self._spooled(group, spool, sum(counts[:group]))
                 for start in range(0, count, rows):
                     yield np.concatenate([part.read((slice(start, start + rows),)) for part in parts], axis=1)
@@ -402,7 +412,7 @@ class ParquetTable(ArrowTable):
             parts.append(ByteArray(self.path, self.dtype, shape, spool, c_strides(shape, self.dtype), spool.tell()))
             batches = self.file.iter_batches(SPOOLED_ROWS, row_groups=[group], columns=columns, use_threads=False)
             for array in self._arrays(batches, columns, first_row):
-                spool.write(array.data)
+                write_whole(spool, array)
         return parts
 
 
