@@ -188,9 +188,7 @@ static const REAL *FN(next_block)(const struct pl_task *task, const struct pl_vi
   return (const REAL *)(const void *)(FN(row_at)(task, view, r) + first * view->classes);
 }
 
-/* softcap * tanh(x / (temperature * softcap)) of vectors of logits, and its slopes, but for the factor 1 / temperature: both
- * where they are not NULL. Larger arguments are taken as 20, where tanh is 1. Vectors by fours overlap: three quarters of the
- * time of one after the other. */
+/* Half of a softcap, 2 / (temperature * softcap) as a pair, and the least x that is told apart: tanh(-20) is -1. */
 struct FN(cap) {
   VEC half, inverse, inverse_lo, least;
 };
@@ -207,6 +205,8 @@ static struct FN(cap) FN(cap_of)(const struct pl_task *task)
   return (struct FN(cap)){FN(vec_fill)(softcap / 2), FN(vec_fill)(inverse), FN(vec_fill)(inverse_lo), FN(vec_fill)(-end)};
 }
 
+/* softcap * tanh(x / (temperature * softcap)) of vectors of logits, and its slopes, but for the factor 1 / temperature: both
+ * where they are not NULL. Vectors by fours overlap: three quarters of the time of one after the other. */
 INLINE void FN(cap_vectors)(const struct FN(cap) * cap, const VEC *x, REAL *capped, REAL *slopes, int count)
 {
   VEC v[4], v_lo[4], value[4], slope[4];
@@ -991,12 +991,7 @@ static REAL FN(floor_of)(const REAL *x, int64_t n, int64_t k)
   SINT count[LANES] = {0};
   REAL lanes[LANES], floor = -INFINITY;
   if (k > LANES) return floor;
-  EACH_VEC(v)
-  {
-    VEC best = FN(vec_fill)(-INFINITY);
-    for (int64_t c = v; c + VEC_LANES <= n; c += LANES) best = FN(vec_larger)(FN(vec_load)(x + c), best);
-    FN(vec_store)(lanes + v, best);
-  }
+  FN(top_lanes)(x, n, lanes);
   for (int l = 0; l < LANES; l++)
     for (int i = 0; i < LANES; i++) count[i] += lanes[l] >= lanes[i];
   for (int i = 0; i < LANES; i++) floor = count[i] >= k && lanes[i] > floor ? lanes[i] : floor;

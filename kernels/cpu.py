@@ -194,7 +194,7 @@ def _integer(like, value):
     return ir.Constant(ir.VectorType(integer, like.lanes), [value] * like.lanes)
 
 
-def _call(builder, function, *arguments):
+def _spell(builder, function, *arguments):
     """A function of LLVM on numbers, or on lines."""
     kind = arguments[0].type
     number, suffix = (kind.element, f"v{kind.count}") if isinstance(kind, ir.VectorType) else (kind, "")
@@ -204,7 +204,7 @@ def _call(builder, function, *arguments):
 
 
 def _fma(builder, a, b, c):
-    return _call(builder, "fma", a, b, c)
+    return _spell(builder, "fma", a, b, c)
 
 
 class ConstantsType(types.Type):
@@ -351,7 +351,7 @@ def with_sign(typingctx, a, b):
 
     def codegen(context, builder, signature, args):
         vector = context.get_value_type(kind)
-        return _call(builder, "copysign", *(_spread(builder, value, vector) for value in args))
+        return _spell(builder, "copysign", *(_spread(builder, value, vector) for value in args))
 
     return kind(a, b), codegen
 

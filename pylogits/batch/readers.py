@@ -399,13 +399,13 @@ class ParquetTable(ArrowTable):
             return
         for group, count in enumerate(counts):
             with TemporaryFile(buffering=0) as spool:
-                parts = self._spooled(group, spool, sum(counts[:group]))
+                parts = self._spooled(group, count, spool, sum(counts[:group]))
                 for start in range(0, count, rows):
                     yield np.concatenate([part.read((slice(start, start + rows),)) for part in parts], axis=1)
 
-    def _spooled(self, group: int, spool: IO[bytes], first_row: int) -> list[ByteArray]:
+    def _spooled(self, group: int, count: int, spool: IO[bytes], first_row: int) -> list[ByteArray]:
         """Write a row group to a temporary file, COLUMNS after COLUMNS, and return those."""
-        count, parts = self.file.metadata.row_group(group).num_rows, []
+        parts = []
         for first in range(0, len(self.columns), COLUMNS):
             columns = self.columns[first : first + COLUMNS]
             shape = count, len(columns)
